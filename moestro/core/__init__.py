@@ -1,0 +1,1 @@
+"""The nouns: routing, context, layer, plans, cards. No Transformers import here."""

@@ -1,0 +1,193 @@
+"""Plans: what a method decided, as data that can be read, compared, stored and replayed.
+
+A plan is a JSON file, beside it an optional ``.safetensors`` file with the tensors it refers to by name.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from moestro.core.config import Config
+from moestro.core.errors import ConfigError, PlanError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MethodUse(Config):
+    """A method by id with its settings."""
+
+    method: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class Plan(Config):
+    """Base of all plans.
+
+    Attributes:
+        kind: name of the plan class. method, config: who made it. seed: of its random choices.
+        model_hash: fingerprint of the model it was made for; applying it elsewhere is refused unless it is None.
+        tensors: name -> tensor, stored beside the JSON.
+    """
+
+    kind: ClassVar[str] = "plan"
+    schema_version: Literal[1] = 1
+    method: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    seed: int = 0
+    model_hash: str | None = None
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+    def save(self, path: str | Path, tensors: "dict[str, Tensor] | None" = None) -> Path:
+        """Write ``path`` (JSON) and, with tensors, the file of the same name ending in ``.safetensors``."""
+        path = Path(path)
+        body = {"kind": self.kind, **self.model_dump(mode="json")}
+        if tensors:
+            from safetensors.torch import save_file
+
+            save_file(tensors, path.with_suffix(".safetensors"))
+        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan written by ``save``.
+
+        Raises:
+            PlanError: not a plan, or a plan of another kind or version.
+        """
+        path = Path(path)
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"{path}: not a readable plan ({error})") from None
+        kind = body.pop("kind", None) if isinstance(body, dict) else None
+        if kind not in PLANS or (cls.kind != "plan" and kind != cls.kind):
+            raise PlanError(
+                f"{path}: plan of kind {kind!r}; expected {cls.kind if cls.kind != 'plan' else ', '.join(PLANS)}"
+            )
+        try:
+            plan = PLANS[kind].parse(body, where=str(path))
+        except ConfigError as error:
+            raise PlanError(str(error)) from None
+        assert isinstance(plan, cls)
+        return plan
+
+
+class ExpertSource(Config):
+    """One ingredient of an expert. What it asks for happens in the order of the fields from ``rows`` on.
+
+    Attributes:
+        donor: name of the model it comes from; ``self`` is the model the plan is applied to.
+        layer: index of the block in the donor; the blocks of a decoder count on after those of its encoder.
+        expert: index, or None for a dense feed-forward layer (in ``shared``: or for the layer's shared branch).
+        rows: inner units taken, in this order; None means all.
+        permutation: order of the inner units after taking ``rows``.
+        redraw: share of inner units drawn anew from a normal distribution with the mean and standard deviation of the
+            units they replace (drop-upcycling).
+        mask: share of the weights of each matrix set to zero.
+        noise: standard deviation of Gaussian noise, relative to that of each matrix.
+        scale_down: factor on the down projection, so that a split keeps the sum. scale_bias: factor on its bias.
+        weight: factor in a weighted sum of several sources.
+    """
+
+    donor: str = "self"
+    layer: int = Field(ge=0)
+    expert: int | None = Field(default=None, ge=0)
+    rows: list[int] | None = None
+    permutation: list[int] | None = None
+    redraw: float = Field(default=0.0, ge=0, le=1)
+    mask: float = Field(default=0.0, ge=0, le=1)
+    noise: float = Field(default=0.0, ge=0)
+    scale_down: float = 1.0
+    scale_bias: float = 1.0
+    weight: float = 1.0
+
+
+class LayerExperts(Config):
+    """What one layer looks like afterwards.
+
+    Attributes:
+        layer: index of the block, counted as in ExpertSource. experts: for each new expert its sources.
+        router: where router rows come from. ``rows``: those of each expert's first source. ``mean``: the mean of all
+            its sources' rows, weighted like them. ``new``: drawn anew. ``zero``: zeros, so that all choices tie.
+            ``remap``: the router stays as it is, and a choice of an old expert becomes one of the new expert that it
+            is a source of; two choices that meet are added and run once.
+        module: the method that stands at the site afterwards; None keeps what stands there, with as many experts as
+            the plan lists.
+        shared: sources of the shared expert that every token uses; None keeps the one that is there.
+    """
+
+    layer: int = Field(ge=0)
+    experts: list[list[ExpertSource]]
+    router: Literal["rows", "mean", "new", "zero", "remap"] = "rows"
+    module: MethodUse | None = None
+    shared: list[ExpertSource] | None = None
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.experts or any(not sources for sources in self.experts) or self.shared == []:
+            raise ConfigError(f"layer {self.layer}: every planned layer needs experts and every expert a source")
+        return self
+
+
+class ExpertPlan(Plan):
+    """Layers made of sources: prune, merge, split, upcycle, aggregate, assemble, permute and segment are all this.
+
+    Attributes:
+        layers: the layers that change.
+        rest: what happens to all other tensors when there are donors. ``keep``: they stay. ``mean``: the mean over the
+            model and its donors. Any other word: the donor of that name gives them.
+    """
+
+    kind: ClassVar[str] = "experts"
+    layers: list[LayerExperts]
+    rest: str = "keep"
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        seen = [entry.layer for entry in self.layers]
+        if len(set(seen)) != len(seen):
+            raise ConfigError("a layer is planned twice; each block index may stand once in `layers`")
+        return self
+
+
+class BitPlan(Plan):
+    """Bits for each (layer, expert, projection), keyed ``layer/expert/projection``."""
+
+    kind: ClassVar[str] = "bits"
+    bits: dict[str, float]
+    group_size: int | None = None
+
+
+class PlacementPlan(Plan):
+    """Devices that hold each expert, keyed ``layer/expert``; the first is the owner, the rest replicas."""
+
+    kind: ClassVar[str] = "placement"
+    devices: list[str]
+    experts: dict[str, list[int]]
+
+
+class ServingPlan(Plan):
+    """Which bytes live in which tier, and the policies that move them."""
+
+    kind: ClassVar[str] = "serving"
+    budget_bytes: int = Field(ge=0)
+    tiers: dict[str, int]
+    policies: list[MethodUse] = Field(default_factory=list)
+
+
+class CompositionPlan(Plan):
+    """Several models behind one router."""
+
+    kind: ClassVar[str] = "composition"
+    models: dict[str, str]
+    router: MethodUse
+
+
+PLANS: dict[str, type[Plan]] = {
+    cls.kind: cls for cls in (ExpertPlan, BitPlan, PlacementPlan, ServingPlan, CompositionPlan)
+}
