@@ -1,0 +1,1 @@
+"""Loading, saving and addressing the parts of Hugging Face models."""
