@@ -1,0 +1,1 @@
+"""Text, JSON lines and Parquet sources, packing, built-in corpora."""
