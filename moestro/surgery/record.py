@@ -1,0 +1,36 @@
+"""Write what surgery did into the model's list of swaps, so that a saved folder reopens as the same model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from moestro.models.sites import stacks
+from moestro.models.swap import Swap, state_of
+from moestro.surgery.check import Work
+
+
+def record(model: nn.Module, works: Sequence[Work]) -> None:
+    """Append one entry for each method; settings that differ between layers become lists, one value a site."""
+    for method in dict.fromkeys(work.use.method for work in works):
+        mine = [work for work in works if work.use.method == method]
+        state_of(model).swaps.append(entry_of(model, method, mine))
+
+
+def entry_of(model: nn.Module, method: str, works: Sequence[Work]) -> Swap:
+    """The swap that builds these layers again."""
+    configs = [work.config.model_dump(mode="json") for work in works]
+    settings: dict[str, Any] = {}
+    for name in configs[0]:
+        values = [config[name] for config in configs]
+        settings[name] = values[0] if all(value == values[0] for value in values) else {"per_layer": values}
+    return Swap(sites=[_written(model, work) for work in works], kind="mlp", method=method, config=settings)
+
+
+def _written(model: nn.Module, work: Work) -> str:
+    """A site as the list of swaps writes it: under its stack."""
+    path = work.place.site.path
+    for stack in stacks(model):
+        if stack.path == "" or path.startswith(stack.path + "."):
+            return f"{stack.spec.name}:{path.removeprefix(stack.path).removeprefix('.')}"
+    raise AssertionError(f"{path} lies in no stack")
