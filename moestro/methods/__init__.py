@@ -1,0 +1,1 @@
+"""One published idea a file; the path is the id."""

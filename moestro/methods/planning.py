@@ -1,0 +1,71 @@
+"""Run a planner by its id: gather what it asks for, call it, hand back its plan.
+
+Commands, recipes and studies that only know a method's id and settings go through here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from moestro.core.errors import PlanError
+from moestro.core.inputs import PlanInputs, Subject
+from moestro.core.plan import Plan
+from moestro.core.registry import method
+from moestro.observe.neurons import coactivation
+from moestro.surgery.opened import OpenModel
+
+
+Batches = Iterable[Mapping[str, Any] | Tensor]
+
+MEASURES: Final[dict[str, Callable[[nn.Module, Batches], Any]]] = {"coactivation": coactivation}
+"""Statistics by the name under which planners ask for them."""
+
+
+def make_plan(
+    method_id: str,
+    model: nn.Module,
+    config: Mapping[str, Any] | None = None,
+    *,
+    donors: Mapping[str, nn.Module] | None = None,
+    batches: Batches | None = None,
+    statistics: Mapping[str, Any] | None = None,
+    trace: Any = None,
+    seed: int = 0,
+) -> Plan:
+    """What a planner decides for an open model.
+
+    Args:
+        method_id: of a method with the entry ``plan``. config: its settings.
+        donors: further models by name. batches: calibration data. statistics: what was measured already.
+        trace: a recorded routing trace. seed: of every random choice.
+
+    Raises:
+        RegistryError: no such method, or one that is no planner. ConfigError: its settings.
+        PlanError: the settings cannot work on this model, or the planner measures something and got no data.
+    """
+    used = method(method_id)
+    used.entry("plan")
+    settings = used.configure(dict(config or {}))
+    asked = getattr(used.module, "statistics", None)
+    measured = dict(statistics or {})
+    for name in () if asked is None else asked(settings):
+        if name in measured:
+            continue
+        if name not in MEASURES:
+            raise PlanError(f"{method_id} asks for the statistic {name!r}; measured are {', '.join(sorted(MEASURES))}")
+        if batches is None:
+            raise PlanError(f"{method_id} measures {name} on data with these settings; give calibration data")
+        measured[name] = MEASURES[name](model, batches)
+    subjects: dict[str, Subject] = {name: OpenModel(donor, name) for name, donor in (donors or {}).items()}
+    inputs = PlanInputs(
+        subject=OpenModel(model),
+        donors=subjects,
+        statistics=measured,
+        trace=trace,
+        batches=batches,  # type: ignore[arg-type]
+        model=model,
+        seed=seed,
+    )
+    plan: Plan = used.plan(inputs, settings)
+    return plan

@@ -1,0 +1,48 @@
+"""What a training method is, and what every one of them keeps true.
+
+`KEEPS` names the invariants by entry; `moestro.testing.contracts` checks each of them on every method of the stage the
+moment its file exists.
+"""
+
+from typing import Any, Final, Protocol
+
+from torch import Tensor, nn
+
+from moestro.core.site import Shared, Site
+
+
+class Build(Protocol):
+    """`build(site, config, shared)`: the module that stands at the site afterwards.
+
+    A `Router` replaces the router of the mixture there, a `RoutingLoss` joins its losses, any other module takes the
+    whole site and returns what the stock module did.
+    """
+
+    def __call__(self, site: Site, config: Any, shared: Shared) -> nn.Module: ...
+
+
+class Objective(Protocol):
+    """`objective(model, batch, teachers)`: named scalar losses of one batch, each with gradient."""
+
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], teachers: dict[str, nn.Module]
+    ) -> dict[str, Tensor]: ...  # fmt: skip
+
+
+KEEPS: Final[dict[str, dict[str, str]]] = {
+    "build": {
+        "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",
+        "tokens_conserved": "an assignment names a token and a choice that exist; no token has a choice twice",
+        "finite": "outputs, weights and gradients are finite, for one token too",
+        "gradients_arrive": "every trainable parameter gets a gradient, and some of it is not zero",
+        "repeatable": "the same input, seed and weights give the same bits",
+        "padding_is_nothing": "padding changes neither the routing, the output nor the loss of real tokens",
+        "rows_are_apart": "a sequence is routed alike alone and in a batch",
+        "no_look_ahead": "later tokens do not change earlier ones, unless the card says causal=False",
+        "state_is_complete": "a state dict loaded into a fresh module gives the same outputs",
+        "logits_are_float32": "raw logits stay float32 when the model is not",
+        "replay_is_exact": "activation checkpointing gives the same gradients",
+        "after_step_moves_buffers": "after_step leaves trainable parameters alone",
+        "sums_over_units": "a loss is a sum over its units: two sequences cost what they cost one by one",
+    },
+}

@@ -1,0 +1,1 @@
+"""Public helpers for tests: tiny models, tolerances, contract checks."""

@@ -1,0 +1,1 @@
+"""Benchmarks behind `moestro bench NAME`: one module a benchmark, each with `run(repeats) -> list[Row]`."""

@@ -1,0 +1,110 @@
+"""How to time several arms against each other without fooling oneself.
+
+All arms run in one process and in rounds; the order rotates from round to round, so that no arm always inherits the
+same heap, cache and clock from the same neighbour. Figures are medians over rounds, ratios are taken between medians
+of the same run, and every arm does the whole of its work inside the timed call (also the clearing of its gradients).
+"""
+
+import importlib
+import os
+import pkgutil
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moestro.core.errors import ConfigError
+
+
+Arm = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `ratio` > 1 means ours is better, whatever the metric.
+
+    `spread`: interquartile range of the ratio over the rounds, as a share of its median (0 where measured once).
+    """
+
+    case: str
+    metric: str
+    unit: str
+    ours: float
+    peer_name: str
+    peer: float
+    ratio: float
+    spread: float
+
+
+def interleave(arms: Mapping[str, Arm], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every arm in every round; the order rotates by one each round. Warm-up rounds are not counted."""
+    if rounds < 1:
+        raise ConfigError(f"{rounds} rounds; a benchmark needs at least 1")
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(-warmup, rounds):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            arms[name]()
+            taken = time.perf_counter() - start
+            if round_ >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def time_rows(case: str, metric: str, seconds: Mapping[str, list[float]], ours: str = "ours") -> list[Row]:
+    """Our median time against that of every other arm, in milliseconds."""
+    mine = statistics.median(seconds[ours]) * 1e3
+    rows = []
+    for name, theirs in seconds.items():
+        if name != ours:
+            peer = statistics.median(theirs) * 1e3
+            spread = ratio_spread(theirs, seconds[ours])
+            rows.append(Row(case, metric, "ms", mine, name, peer, peer / mine, spread))
+    return rows
+
+
+def ratio_spread(numerators: list[float], denominators: list[float]) -> float:
+    """Interquartile range over median of the round-by-round ratio."""
+    ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+    if len(ratios) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def names() -> list[str]:
+    """Every benchmark there is."""
+    from moestro.testing import bench
+
+    found = [module.name.replace("_", "-") for module in pkgutil.iter_modules(bench.__path__)]
+    return sorted(name for name in found if name != "harness")
+
+
+def run(name: str, rounds: int) -> dict[str, Any]:
+    """Run one benchmark: {name, machine, date, rows}. Raises ConfigError for an unknown name."""
+    if name not in names():
+        raise ConfigError(f"no benchmark {name!r}; there are: {', '.join(names())}")
+    module = importlib.import_module(f"moestro.testing.bench.{name.replace('-', '_')}")
+    rows: list[Row] = module.run(rounds)
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"name": name, "machine": machine(), "date": date, "rows": [asdict(row) for row in rows]}
+
+
+def machine() -> str:
+    """Processor, cores, torch threads and version."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = models[0] if models else platform.processor() or platform.machine()
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{processor}, {os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads{load}"
+    )

@@ -1,0 +1,143 @@
+"""Checks of the entry `plan`, for plans about experts: each plans for tiny models and applies the plan."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro import surgery
+from moestro.core.errors import PlanError
+from moestro.core.inputs import PlanInputs
+from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse, Plan
+from moestro.core.registry import Method
+from moestro.models.load import load
+from moestro.models.save import save
+from moestro.surgery.opened import OpenModel
+from moestro.testing.contracts import example_config
+from moestro.testing.contracts import settings_round_trip as settings_round_trip
+from moestro.testing.tiny import VOCAB, tiny_model
+
+
+FAMILIES = ("llama", "gemma3_text", "cohere", "bert")
+
+
+def batch() -> Tensor:
+    """Token ids [2, 9]."""
+    return torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def as_mixture(model: Any) -> Any:
+    """The model with a mixture of four different experts in each layer."""
+    router = {"method": "train.softmax_topk", "config": {"top_k": 2}}
+    module = MethodUse(method="train.moe", config={"num_experts": 4, "router": router})
+    layers = [
+        LayerExperts(layer=i, experts=[[ExpertSource(layer=i, noise=0.5)]] * 4, router="new", module=module)
+        for i in OpenModel(model).shape.layers
+    ]
+    surgery.apply(model, ExpertPlan(method="test", layers=layers))
+    return model
+
+
+def subjects(method: Method) -> Iterator[tuple[Any, ExpertPlan]]:
+    """A tiny model of several families and the method's plan for it: dense where the method takes dense models."""
+    for family in FAMILIES:
+        model = tiny_model(family)
+        try:
+            plan = planned(method, model)
+        except PlanError:
+            model = as_mixture(tiny_model(family))
+            plan = planned(method, model)
+        yield model, plan
+
+
+def planned(method: Method, model: Any, seed: int = 3) -> ExpertPlan:
+    """The method's plan for an open model with its example settings."""
+    found: ExpertPlan = method.plan(PlanInputs(subject=OpenModel(model), seed=seed), example_config(method))
+    return found
+
+
+def plan_round_trips(method: Method) -> None:
+    """See the contract."""
+    for _, plan in subjects(method):
+        with tempfile.TemporaryDirectory() as folder:
+            assert Plan.load(plan.save(Path(folder) / "plan.json")) == plan
+
+
+def plan_is_repeatable(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        torch.manual_seed(99)
+        state = torch.random.get_rng_state()
+        assert planned(method, model) == plan
+        assert torch.equal(torch.random.get_rng_state(), state), "planning drew from the global generator"
+
+
+def model_is_only_read(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        modules = [id(module) for module in model.modules()]
+        planned(method, model, plan.seed)
+        assert modules == [id(module) for module in model.modules()]
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+
+
+def every_row_is_filled(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        shape = OpenModel(model).shape
+        receipt = surgery.apply(model, plan)
+        rows = sum(
+            len(shape.layers[entry.layer].names) * (len(entry.experts) + (entry.shared is not None))
+            for entry in plan.layers
+        )
+        assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] >= rows
+
+
+def parent_is_kept(method: Method) -> None:
+    """See the contract."""
+    tolerance = method.card.tolerance
+    atol = 1e-5 if tolerance is None else tolerance.atol
+    for model, plan in subjects(method):
+        keeps = plan.notes.get("keeps")
+        assert keeps in ("as_routed", "all_on", "nothing"), "the plan's notes do not say what it keeps"
+        parity = surgery.apply(model, plan, calib=[batch()])["parity"]
+        if keeps != "nothing":
+            found = parity[keeps]
+            assert found["max_abs_diff"] <= atol, f"logits moved by {found['max_abs_diff']}, allowed are {atol}"
+            assert found["max_abs_before"] > 0.1
+
+
+def others_keep_their_bits(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        shape = OpenModel(model).shape
+        first = sorted(entry.layer for entry in plan.layers)[0]
+        plan = plan.model_copy(update={"layers": [entry for entry in plan.layers if entry.layer == first]})
+        block = shape.layers[first].site.rpartition(".")[0]
+        before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(block)}
+        surgery.apply(model, plan)
+        after = model.state_dict()
+        assert before
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def saves_and_reopens(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        surgery.apply(model, plan)
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / "model")
+            again = load(Path(folder) / "model")
+            mine, theirs = model.state_dict(), again.state_dict()
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(theirs[name], tensor) for name, tensor in mine.items())
+            # Where a tensor begins in memory decides which vector code multiplies its edges: put both models at fresh
+            # addresses, then their logits have the same bits.
+            for parameter in (*model.parameters(), *again.parameters()):
+                parameter.data = parameter.data.clone()
+            gap = (again(input_ids=batch()).logits - model(input_ids=batch()).logits).abs().max()
+            assert gap == 0, f"logits moved by {gap} when the model was saved and reopened"
