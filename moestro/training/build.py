@@ -1,0 +1,162 @@
+"""From a recipe to a model: opened or made, planned and swapped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from moestro.core.errors import ConfigError
+from moestro.data.tokens import open_tokenizer
+from moestro.training.recipe import Head, PhaseConfig, PlanUse, Recipe, SwapConfig
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TASKS: dict[Head, str] = {
+    "causal": "causal-lm",
+    "masked": "masked-lm",
+    "classification": "sequence-classification",
+    "seq2seq": "seq2seq-lm",
+}
+
+
+def reference_tokenizer(ref: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that lies beside a model's weights; None when there is none. LoadError for a damaged one."""
+    from moestro.models.refs import resolve
+
+    folder = resolve(ref).folder
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json")):
+        return None
+    return open_tokenizer(folder)
+
+
+def open_model(ref: str | Path, head: Head | None = None, num_labels: int | None = None) -> Any:
+    """Open a model for training, with float32 weights.
+
+    Args:
+        head: None opens what was saved; else a head of that kind, newly initialised where the checkpoint has another.
+    """
+    from moestro.models.load import load, load_for
+
+    if head is None:
+        return load(ref, dtype=torch.float32)
+    overrides = None if num_labels is None else {"num_labels": num_labels}
+    return load_for(ref, TASKS[head], dtype=torch.float32, device=None, overrides=overrides)
+
+
+def make_model(config: Mapping[str, Any], head: Head, vocab_size: int, num_labels: int | None = None) -> Any:
+    """A model from scratch of a known family, with Moestro's layer where the family has mixtures.
+
+    Args:
+        config: values of a Transformers configuration; ``vocab_size`` may be missing or ``auto``.
+
+    Raises:
+        ConfigError: a vocabulary smaller than the tokenizer's.
+        FamilyError, LoadError: a family that is not known, a value that Transformers refuses.
+    """
+    from moestro.models.families import family
+    from moestro.models.skeleton import config_from, model_class
+    from moestro.models.subclass import moestro_class
+    from moestro.models.swap import swap_stock_blocks, watch_stacks
+
+    values = dict(config)
+    if values.get("vocab_size", "auto") == "auto":
+        values["vocab_size"] = vocab_size
+    if values["vocab_size"] < vocab_size:
+        raise ConfigError(
+            f"model.config.vocab_size={values['vocab_size']} is under the tokenizer's {vocab_size} tokens"
+        )
+    if num_labels is not None:
+        values["num_labels"] = num_labels
+    spec = family(values)
+    built = config_from(values, "model.config")
+    built.dtype = torch.float32
+    if hasattr(built, "output_router_logits"):
+        built.output_router_logits = False
+    stock: Any = model_class(built, TASKS[head])
+    model = moestro_class(stock)(built)
+    swap_stock_blocks(model, spec)
+    watch_stacks(model, spec)
+    return model
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:
+    """Raise ConfigError for a tokenizer with more tokens than a Transformers model has."""
+    config = getattr(model, "config", None)
+    known = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(known, int) and len(tokenizer) > known:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary {known}; "
+            "use the tokenizer the model was trained with"
+        )
+
+
+def build_model(
+    recipe: Recipe, head: Head, tokenizer: "PreTrainedTokenizerBase | None", num_labels: int | None = None
+) -> Any:
+    """The model a recipe describes, with its plan applied and its swaps done."""
+    settings = recipe.model
+    wanted: Head = head if settings.head == "auto" else settings.head
+    if settings.load is not None:
+        model = open_model(settings.load, wanted, num_labels)
+    else:
+        assert settings.config is not None
+        model = make_model(settings.config, wanted, 0 if tokenizer is None else len(tokenizer), num_labels)
+    change_model(recipe, model)
+    return model
+
+
+def change_model(recipe: Recipe, model: nn.Module) -> None:
+    """Apply the recipe's plan and swaps to a fresh model."""
+    if recipe.model.plan is not None:
+        apply_plan(model, recipe.model.plan, recipe.seed)
+    for entry in recipe.model.swaps:
+        apply_swap(model, entry)
+
+
+def apply_swap(model: nn.Module, entry: SwapConfig) -> None:
+    """One entry of ``swaps``."""
+    from moestro.models.swap import swap
+
+    swap(model, entry.method, entry.config, kind=entry.sites, layers=entry.layers, stack=entry.stack)
+
+
+def apply_plan(
+    model: nn.Module, use: PlanUse, seed: int, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Apply a plan file, or the plan that a planner method makes from the model as it is now. Returns the receipt."""
+    from moestro import surgery
+    from moestro.core.inputs import PlanInputs
+    from moestro.core.plan import ExpertPlan
+    from moestro.core.registry import method
+    from moestro.surgery.opened import OpenModel
+
+    if use.file is not None:
+        plan = ExpertPlan.load(use.file)
+    else:
+        assert use.method is not None
+        part = method(use.method)
+        config = part.configure(dict(use.config))
+        plan = part.plan(PlanInputs(subject=OpenModel(model), model=model, seed=seed), config)
+    receipt: dict[str, Any] = surgery.apply(model, plan, optimizer=optimizer)
+    return receipt
+
+
+def enter_phase(recipe: Recipe) -> Any:
+    """What the trainer calls when a phase with a plan begins."""
+
+    def on_enter(model: nn.Module, phase: PhaseConfig, optimizer: torch.optim.Optimizer) -> None:
+        assert phase.on_enter is not None
+        apply_plan(model, phase.on_enter, recipe.seed, optimizer)
+
+    return on_enter
+
+
+def loss_weights(recipe: Recipe, model: nn.Module) -> dict[str, float]:
+    """Weights of the losses: the stock model's coefficients, then what the recipe says."""
+    from moestro.models.swap import state_of
+
+    return {**state_of(model).loss_weights, **recipe.losses}

@@ -1,0 +1,234 @@
+"""A whole run from a recipe: what ``moestro train`` does, for Python."""
+
+import contextlib
+import fcntl
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from moestro.core.errors import ConfigError, SaveError, TrainError
+from moestro.data.dataset import Dataset, build_dataset, load_tokenizer
+from moestro.training.build import (
+    build_model,
+    check_vocabulary,
+    enter_phase,
+    loss_weights,
+    open_model,
+    reference_tokenizer,
+)
+from moestro.training.checkpoint import Saved, latest_checkpoint
+from moestro.training.log import Log
+from moestro.training.loop import Trainer, TrainResult
+from moestro.training.objectives import Objective, make_objective
+from moestro.training.parallel import Ranks, gathered_weights, own_class, ranks
+from moestro.training.phases import ever_trained
+from moestro.training.precision import choose_dtype
+from moestro.training.recipe import Recipe, load_recipe
+from moestro.training.size import Size, size_of
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def train(recipe: Recipe | str | Path, out: str | Path, *, fresh: bool = False, silent: bool = False) -> TrainResult:
+    """Train, or go on with a run that was interrupted.
+
+    Args:
+        recipe: a Recipe, or the YAML file of one. out: folder of the run; its newest complete checkpoint is resumed.
+        fresh: refuse a folder that already holds a run.
+
+    Returns:
+        How it ended. ``out/model`` then holds the model, ``out/metrics.jsonl`` the numbers.
+
+    Raises:
+        MoestroError: one line; nothing half-written is left.
+    """
+    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    folder = Path(out)
+    with ranks(settings.parallel.kind) as group, _locked(folder, group):
+        seed_all(settings.seed)
+        saved, notes = latest_checkpoint(folder / "checkpoints") if group.main else (None, [])
+        group.barrier()
+        if not group.main:
+            saved, _ = latest_checkpoint(folder / "checkpoints")
+        if fresh and saved is not None:
+            raise ConfigError(
+                f"{folder}: holds a run (step {saved.step}); give another --out, or leave --fresh out to go on"
+            )
+        trainer, tokenizer, more = prepare(settings, folder, group, saved)
+        if group.main and not silent:
+            for line in (*notes, *more):
+                Log.announce(line)
+        result = trainer.run(silent=silent)
+        if result.stopped_by is None:
+            save_final(trainer, tokenizer)
+        group.barrier()
+        return result
+
+
+def prepare(
+    recipe: Recipe, out: Path, group: Ranks, saved: Saved | None = None
+) -> tuple[Trainer, "PreTrainedTokenizerBase", list[str]]:
+    """Everything up to the first step: the trainer, the tokenizer, and lines worth printing."""
+    tokenizer = recipe_tokenizer(recipe)
+    objective = make_objective(recipe.objective, tokenizer)
+    dataset = build_dataset(recipe.data, tokenizer, objective.shape)
+    num_labels = len(dataset.labels) or None
+    if saved is None:
+        model = build_model(recipe, objective.head, tokenizer, num_labels)
+    else:
+        model = open_model(saved.model)
+    check_length(recipe, model)
+    check_vocabulary(tokenizer, model)
+    objective = make_objective(recipe.objective, tokenizer, model.config)
+    recipe = recipe.model_copy(update={"losses": loss_weights(recipe, model)})
+    if recipe.gradient_checkpointing:
+        from moestro.core.context import checkpoint
+
+        checkpoint(model)
+    dtype, why = _compute_type(recipe, group, saved)
+    trainer = Trainer(
+        model,
+        recipe,
+        dataset,
+        objective,
+        out,
+        teachers={name: open_model(ref) for name, ref in recipe.teachers.items()},
+        heldout=_heldout(recipe, tokenizer, objective, dataset),
+        group=group,
+        dtype=dtype,
+        on_enter=enter_phase(recipe),
+        tokenizer=tokenizer,
+    )
+    if group.world > 1:  # the model is the same everywhere now; noise must not be
+        seed_all(int(np.random.SeedSequence([recipe.seed, group.rank]).generate_state(1)[0]))
+    lines = [why]
+    if saved is not None:
+        trainer.resume(saved, model_is_loaded=True)
+        lines.append(f"resuming {saved.path} at step {saved.step} of {trainer.total}")
+    return trainer, tokenizer, lines
+
+
+def dry_run(recipe: Recipe | str | Path) -> Size:
+    """What a recipe would build, counted on the meta device: no weight is read or allocated."""
+    settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    tokenizer = recipe_tokenizer(settings)
+    objective = make_objective(settings.objective, tokenizer)
+    from moestro.training.skeleton import build_skeleton
+
+    model = build_skeleton(settings, objective.head, tokenizer)
+    check_length(settings, model)
+    check_vocabulary(tokenizer, model)
+    named = dict(model.named_parameters())
+    moving = ever_trained(sorted(named), settings)
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in moving)
+    again = settings.gradient_checkpointing
+    return size_of(model, settings.data.sequence_length, gradient_checkpointing=again)
+
+
+def recipe_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a run."""
+    own = None
+    if recipe.data.tokenizer == "model" and recipe.model.load is not None:
+        own = reference_tokenizer(recipe.model.load)
+    return load_tokenizer(recipe.data, own)
+
+
+def save_final(trainer: Trainer, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    """Write ``out/model``: the trained model as a Moestro folder with its tokenizer and a receipt of the run.
+
+    All ranks take part in gathering a sharded model; the first one writes.
+    """
+    from moestro.models.save import save, save_into
+    from moestro.models.swap import state_of
+
+    weights = gathered_weights(trainer.model, trainer.group)
+    folder = trainer.out / "model"
+    if not trainer.group.main:
+        return folder
+    facts: dict[str, Any] = {
+        "training": {
+            "recipe": trainer.recipe.model_dump(mode="json"),
+            "steps": trainer.step,
+            "targets": trainer.targets_seen,
+            "loss": trainer.last_loss,
+        }
+    }
+    if weights is None:
+        return save(trainer.model, folder, tokenizer=tokenizer, overwrite=True, receipt=facts)
+    state_of(trainer.model).facts.update(facts)
+    with own_class(trainer.model):
+        save_into(trainer.model, folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _compute_type(recipe: Recipe, group: Ranks, saved: Saved | None) -> tuple[torch.dtype, str]:
+    """The compute type of every rank and why: measured once a run, on rank 0, and kept when it is resumed."""
+    if recipe.precision != "auto":
+        return choose_dtype(recipe.precision)
+    known = None if saved is None else saved.state().get("dtype")
+    if known in DTYPES:
+        return getattr(torch, known), f"compute type {known}, as the run began"
+    dtype, why = choose_dtype("auto") if group.main else (torch.float32, "")
+    chosen = DTYPES[group.first(DTYPES.index(str(dtype).removeprefix("torch.")))]
+    return getattr(torch, chosen), why
+
+
+def _heldout(
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", objective: Objective, dataset: Dataset
+) -> Dataset | None:
+    if recipe.eval is None:
+        return None
+    data = recipe.eval.data
+    if "sequence_length" not in data.model_fields_set:
+        data = data.model_copy(update={"sequence_length": recipe.data.sequence_length})
+    return build_dataset(data, tokenizer, objective.shape, dataset.labels)
+
+
+def check_length(recipe: Recipe, model: Any) -> None:
+    """Raise ConfigError for sequences longer than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    length = recipe.data.sequence_length
+    if isinstance(limit, int) and length > limit:
+        raise ConfigError(f"data.sequence_length={length} is above the {limit} positions of the model")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, group: Ranks) -> Iterator[None]:
+    """One run at a time in a folder."""
+    if not group.main:
+        yield
+        return
+    path = folder / ".run.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise SaveError(f"{folder}: cannot be the folder of a run ({error.strerror}); give another --out") from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainError(f"{folder}: another process is training there; give another --out") from None
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,116 @@
+"""What a user can get wrong about tokenizers, folders and settings is one line and status 2, never a traceback."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from moestro.cli import main
+from moestro.cli.trace import load_tokenizer as traced_tokenizer
+from moestro.core.errors import ConfigError, LoadError
+from moestro.data.dataset import DataConfig, Dataset, load_tokenizer
+from moestro.data.packing import pack
+from moestro.data.tokens import byte_tokenizer
+from moestro.models.load import load
+from moestro.testing.tiny import tiny_folder
+from moestro.testing.training import recipe
+from moestro.training.build import reference_tokenizer
+from moestro.training.loop import Trainer
+from moestro.training.objectives import Causal
+from moestro.training.validate import heldout_loss
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model of 64 tokens with a tokenizer of 259."""
+    tiny_folder("llama", tmp_path / "model", vocab_size=64)
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text()[:200])
+
+
+def empty(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+
+
+def mistype(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": "many"}))
+    (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, mistype])
+def test_a_damaged_tokenizer_is_one_line(damage: Any, folder: Path) -> None:
+    damage(folder)
+    config = DataConfig(sources={"a": {"source": "x"}}, tokenizer=str(folder))  # type: ignore[dict-item]
+    for opened in (
+        lambda: reference_tokenizer(str(folder)),
+        lambda: load_tokenizer(config),
+        lambda: traced_tokenizer(folder),
+    ):
+        with pytest.raises(LoadError, match="its tokenizer cannot be opened") as caught:
+            opened()
+        assert str(caught.value).startswith(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def wrong_train(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], *flags: str, **changes: Any) -> str:
+    """What `moestro train` prints of a recipe that cannot work."""
+    recipe = {
+        "model": {"load": str(folder)},
+        "data": {"source": "builtin:german", "sequence_length": 16},
+        "precision": "float32",
+        "steps": 1,
+        "batch_size": 1,
+        **changes,
+    }
+    path = folder.parent / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(path), "--out", str(out), *flags]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told.splitlines()[-1]
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "the tokenizer has 259 tokens but the model's vocabulary 64"
+    assert words in wrong_train(folder, folder.parent / "out", capsys)
+    assert words in wrong_train(folder, folder.parent / "out", capsys, "--dry-run")
+    assert main(["eval", str(folder), "--data", "builtin:german", "--context", "16"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_gpt_oss_does_not_take_packed_documents(tmp_path: Path) -> None:
+    """The reason, and the refusal in training and evaluation; one document a row goes through."""
+    tiny_folder("gpt_oss", tmp_path / "model", vocab_size=300)
+    model = load(tmp_path / "model", dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with torch.no_grad():
+        alone = model(input_ids=ids[:, 4:], use_cache=False).logits
+        together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 4:]
+    assert not torch.allclose(alone, together, atol=1e-4), "Transformers keeps them apart now: lift the refusal"
+    two = Dataset({"a": pack([[1, 2, 3], [4, 5, 6]], 8, 0)})
+    one = Dataset({"a": pack([list(range(1, 8))], 8, 0)})
+    settings = recipe(steps=1, batch_size=1, losses={"balance": 0.0})
+    with pytest.raises(ConfigError, match="gpt_oss cannot be trained on packed documents"):
+        Trainer(model, settings, two, Causal(), tmp_path / "two").run(silent=True)
+    with pytest.raises(ConfigError, match="gpt_oss cannot be trained on packed documents"):
+        heldout_loss(model, Causal(), two, limit=1, rows=1)
+    assert heldout_loss(model, Causal(), one, limit=1, rows=1)["causal"] > 0
+    assert Trainer(model, settings, one, Causal(), tmp_path / "one").run(silent=True).steps == 1
+
+
+def test_a_file_where_the_run_should_go(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder.parent / "out"
+    file.write_text("mine")
+    assert f"error: {file}: cannot be the folder of a run (File exists)" in wrong_train(folder, file, capsys)
+    assert f"{file / 'x'}: cannot be" in wrong_train(folder, file / "x", capsys)
+    assert file.read_text() == "mine"
