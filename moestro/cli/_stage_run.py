@@ -1,0 +1,175 @@
+"""What the command of a planner or a meter does: open, plan, apply, save; or write the plan or the report."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moestro.core.errors import ConfigError, SaveError
+
+
+if TYPE_CHECKING:
+    from moestro.core.plan import Plan
+
+__all__ = ["Request", "account", "parity_batch", "run_method"]
+
+CHANGES_MODELS = ("convert", "adapt", "compress")
+SERVED_NEEDS = {"model", "trace", "data", "none"}
+PARITY_SHAPE = (2, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What stood on the command line.
+
+    Attributes:
+        method_id: of the method. values: its settings, as they were written.
+        inputs: need -> argument. out: what to write. seed: of random choices.
+        calibration: texts to measure on, or None. tokens: of them at most. overwrite: replace `out`.
+        plan_file: where the plan itself goes, or None.
+    """
+
+    method_id: str
+    values: dict[str, Any]
+    out: Path
+    inputs: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    calibration: str | None = None
+    tokens: int = 20_000
+    overwrite: bool = False
+    plan_file: Path | None = None
+
+
+def run_method(request: Request) -> None:
+    """Run a method and print what it did.
+
+    Raises:
+        ConfigError: wrong settings, or inputs this verb does not read. PlanError: the plan does not fit the model.
+        SaveError: `out` or the plan file exists.
+    """
+    from moestro.core.registry import method
+
+    used = method(request.method_id)
+    used.configure(request.values)  # refused before anything is opened
+    odd = [need for need in used.card.needs if need not in SERVED_NEEDS]
+    if odd:
+        raise ConfigError(f"{used.id} needs {odd[0]}; this command reads {', '.join(sorted(SERVED_NEEDS))}")
+    if request.out.exists() and not request.overwrite:
+        raise SaveError(f"{request.out} exists; give another name, or --overwrite")
+    if request.plan_file is not None and request.plan_file.exists():
+        raise SaveError(f"{request.plan_file} exists; give --plan another name")
+    if not hasattr(used.module, "plan"):
+        _write_report(request)
+    elif used.id.partition(".")[0] in CHANGES_MODELS:
+        _change_model(request)
+    else:
+        _write_plan(request)
+
+
+def _change_model(request: Request) -> None:
+    from moestro import surgery
+    from moestro.models.save import save
+
+    model = _load(request)
+    plan = _plan(request, model)
+    receipt = surgery.apply(model, plan, calib=[parity_batch(model)])
+    save(model, request.out, overwrite=request.overwrite)
+    if request.plan_file is not None:
+        plan.save(request.plan_file)
+    for line in account(receipt):
+        print(line)
+    print(f"saved {request.out}")
+
+
+def _write_plan(request: Request) -> None:
+    plan = _plan(request, _load(request))
+    plan.save(request.out)
+    print(f"saved {request.out}")
+
+
+def _write_report(request: Request) -> None:
+    from moestro.core.inputs import MeterInputs
+    from moestro.core.registry import method
+
+    used = method(request.method_id)
+    model = _load(request) if "model" in request.inputs else None
+    batches = [{"input_ids": ids} for ids in _batches(request)]
+    name = str(request.inputs.get("model") or request.inputs.get("trace") or "")
+    subject = MeterInputs(name=name, model=model, batches=batches, trace=_trace(request), seed=request.seed)
+    report = used.entry("measure")(subject, used.configure(request.values))
+    report.save(request.out)
+    for key, number in report.numbers.items():
+        print(f"{key}: {number:.6g}")
+    print(f"saved {request.out}")
+
+
+def _load(request: Request) -> Any:
+    from moestro.models.load import load
+
+    print(f"load {request.inputs['model']}", flush=True)
+    return load(request.inputs["model"])
+
+
+def _plan(request: Request, model: Any) -> "Plan":
+    from moestro.methods.planning import make_plan
+
+    batches = _batches(request)
+    print(f"{request.method_id}: plan", flush=True)
+    return make_plan(
+        request.method_id, model, request.values, batches=batches or None, trace=_trace(request), seed=request.seed
+    )
+
+
+def _trace(request: Request) -> Any:
+    if "trace" not in request.inputs:
+        return None
+    from moestro.core.trace import RoutingTrace
+
+    return RoutingTrace.open(request.inputs["trace"])
+
+
+def _batches(request: Request, length: int = 512) -> list[Any]:
+    """Token ids [1, S] of the texts on the command line, `request.tokens` in all at most; none without texts."""
+    source = request.inputs.get("data", request.calibration)
+    if source is None:
+        return []
+    import torch
+
+    from moestro.cli.trace import load_tokenizer
+    from moestro.data.sources import read_texts
+    from moestro.models.refs import resolve
+    from moestro.observe.record import pieces
+
+    tokenizer = load_tokenizer(resolve(request.inputs["model"]).folder)
+    chosen = pieces(tokenizer, {"calibration": read_texts(source)}, length=length, limit=request.tokens)
+    print(f"{source}: {sum(len(piece.ids) for piece in chosen)} tokens", flush=True)
+    return [torch.tensor([piece.ids]) for piece in chosen]
+
+
+def parity_batch(model: Any) -> dict[str, Any]:
+    """Fixed token ids [2, 32] on which the model is compared before and after."""
+    import torch
+
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, PARITY_SHAPE, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids.to(model.device)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch
+
+
+def account(receipt: dict[str, Any]) -> list[str]:
+    """What a receipt says, in a few lines."""
+    layers, ledger, count = receipt["layers"], receipt["ledger"], receipt["parameters"]
+    experts = sorted({layer["experts_after"] for layer in layers})
+    lines = [
+        f"layers {', '.join(str(layer['layer']) for layer in layers)}: {', '.join(map(str, experts))} experts",
+        f"ledger: {ledger['rows_touched']} of {ledger['rows_expected']} rows written",
+        f"parameters: {count['before']:,} before, {count['after']:,} after",
+    ]
+    for name, gap in (receipt["parity"] or {}).items():
+        what = name.replace("_", " ")
+        lines.append(
+            f"logits against before, {what}: largest difference {gap['max_abs_diff']:.2e} where the largest logit is "
+            f"{gap['max_abs_before']:.3g} ({gap['rows']} tokens)"
+        )
+    return lines

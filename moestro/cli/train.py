@@ -1,0 +1,88 @@
+"""`moestro train`: run a recipe, go on with an interrupted run, or say what it would cost."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def train(
+        recipe: Path = typer.Argument(..., help="A YAML recipe; see recipes/ for examples."),
+        out: Path | None = typer.Option(None, "--out", "-o", help="Folder of the run. Default: runs/<name>."),
+        dry_run: bool = typer.Option(False, "--dry-run", help="Only print sizes; nothing is read or allocated."),
+        fresh: bool = typer.Option(False, "--fresh", help="Refuse a folder that already holds a run."),
+        as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+    ) -> None:
+        """Train what a recipe describes; the same command resumes an interrupted run.
+
+        Under torchrun the step is shared by all ranks. Ctrl-C finishes the step, saves and stops.
+        """
+        from moestro.training.recipe import load_recipe
+
+        settings = load_recipe(recipe)
+        if dry_run:
+            _dry_run(settings, as_json)
+            return
+        _train(settings, out or Path("runs") / settings.name, fresh, as_json)
+
+
+def _dry_run(settings: Any, as_json: bool) -> None:
+    import json
+
+    from moestro.training.run import dry_run
+
+    size = dry_run(settings)
+    tokens = settings.total_steps * settings.batch_size * settings.data.sequence_length
+    if as_json:
+        print(json.dumps({**size.json(), "steps": settings.total_steps, "tokens": tokens}, indent=1))
+        return
+    rows = [
+        ("parameters", f"{size.parameters:,}"),
+        ("active per token", f"{size.active:,} ({size.active / size.parameters:.0%})"),
+        ("trainable", f"{size.trainable:,}"),
+        ("weights", _mebibytes(size.weight_bytes)),
+        ("gradients", _mebibytes(size.gradient_bytes)),
+        ("optimiser", _mebibytes(size.optimizer_bytes)),
+        ("forward", f"{size.forward_flops / 1e6:,.1f} MFLOP a token"),
+        ("training", f"{size.train_flops / 1e6:,.1f} MFLOP a token"),
+        ("run", f"{settings.total_steps:,} steps, {tokens:,} tokens, {size.train_flops * tokens / 1e12:,.2f} TFLOP"),
+    ]
+    for name, value in rows:
+        print(f"{name:<18}{value}")
+    if size.experts_vary:
+        print("some routers choose no fixed number of experts; all of them are counted as active")
+
+
+def _train(settings: Any, out: Path, fresh: bool, as_json: bool) -> None:
+    import json
+    import os
+    import signal
+
+    from moestro.training.run import train
+
+    result = train(settings, out, fresh=fresh)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one rank speaks for all
+        pass
+    elif as_json:
+        print(
+            json.dumps({"out": str(out), "steps": result.steps, "loss": result.loss, "stopped_by": result.stopped_by})
+        )
+    elif result.stopped_by is None:
+        print(f"trained {result.steps} steps, last loss {result.loss:.4f}; the model is in {out / 'model'}")
+    else:
+        name = signal.Signals(result.stopped_by).name
+        print(f"stopped by {name} after step {result.steps}; the same command goes on from there")
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def _mebibytes(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Serving: scheduler, expert store, caches."""
