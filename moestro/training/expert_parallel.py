@@ -1,0 +1,181 @@
+"""Expert parallelism: every rank holds some of the experts, and rows travel to the rank that holds theirs.
+
+    shard_experts(layer, group)       # rank r of W keeps experts r * E/W .. (r + 1) * E/W - 1; all else is replicated
+
+A layer's mathematics does not change and knows nothing of ranks: only its dispatcher does. Every rank brings its own
+tokens, and the gradients of a rank's experts already hold what the tokens of all ranks ask for; the gradients of
+replicated parameters are summed over ranks as under data parallelism.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_to_all_single
+
+from moestro.core.bank import StackedFFN
+from moestro.core.dispatch import Dispatcher
+from moestro.core.errors import ConfigError, ContextError
+from moestro.core.layer import MoELayer
+from moestro.core.routing import Routing
+
+
+@dataclass
+class Traffic:
+    """Bytes that this rank sent to *other* ranks since the counter was made or reset.
+
+    Attributes:
+        rows_out, rows_back: hidden rows on their way to the experts, and the experts' answers, in the forward pass.
+        gradients: the gradients of both in the backward pass.
+        orders: which row goes to which expert with which weight, and how many; the weights' gradients too.
+    """
+
+    rows_out: int = 0
+    rows_back: int = 0
+    gradients: int = 0
+    orders: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All that grows with the width of the rows."""
+        return self.rows_out + self.rows_back + self.gradients
+
+    def reset(self) -> None:
+        """Count from 0."""
+        self.rows_out = self.rows_back = self.gradients = self.orders = 0
+
+
+@dataclass(frozen=True)
+class _Journey:
+    """How rows went, so that the answers find back: the token of each row sent, rows sent and received by rank."""
+
+    token_R: Tensor
+    sent_W: list[int]
+    received_W: list[int]
+    num_tokens: int
+
+
+class AllToAll(Dispatcher):
+    """Rows go to the rank of their expert and the answers come back, by two collectives a layer.
+
+    Args:
+        num_experts: E over all ranks; a multiple of the number of ranks.
+        group: the process group, the default one when None.
+        one_copy: a token visits a rank once, whatever the number of its experts there, and their weighted answers are
+            added before they travel back. False sends one copy for every assignment, as plain implementations do; the
+            numbers are the same but for the order of the sum.
+
+    Raises:
+        ConfigError: E is no multiple of the number of ranks.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None, *, one_copy: bool = True) -> None:
+        super().__init__()
+        self.group = group
+        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        if num_experts % self.world:
+            raise ConfigError(f"{num_experts} experts cannot be shared equally by {self.world} ranks")
+        self.num_experts = num_experts
+        self.experts_here = num_experts // self.world
+        self.one_copy = one_copy
+        self.traffic = Traffic()
+
+    def dispatch(self, x_TI: Tensor, routing: Routing) -> tuple[Tensor, Routing, _Journey]:
+        """Rows this rank computes [R, I], their routing over this rank's experts, and the way back.
+
+        Raises:
+            ContextError: the routing holds nulls or is about another number of experts.
+        """
+        if routing.num_experts != self.num_experts or routing.num_null:
+            raise ContextError(
+                f"the dispatcher holds {self.num_experts} experts; the routing has {routing.num_experts} and "
+                f"{routing.num_null} nulls"
+            )
+        owner_N = routing.expert_N // self.experts_here
+        order_N = torch.argsort(owner_N, stable=True)
+        owner_N, token_N = owner_N[order_N], routing.token_N[order_N]
+        if self.one_copy:
+            pair_R, row_N = torch.unique(owner_N * routing.num_tokens + token_N, return_inverse=True)
+            owner_R, token_R = pair_R // routing.num_tokens, pair_R % routing.num_tokens
+        else:
+            row_N, owner_R, token_R = torch.arange(len(owner_N)), owner_N, token_N
+        sent_rows, sent_orders = self._count(owner_R), self._count(owner_N)
+        received = self._exchange(torch.stack([sent_rows, sent_orders], 1), [1] * self.world, [1] * self.world)
+        rows_in, orders_in = received.unbind(1)
+        journey = _Journey(token_R, sent_rows.tolist(), rows_in.tolist(), routing.num_tokens)
+        splits = sent_orders.tolist(), orders_in.tolist()
+
+        first_W = sent_rows.cumsum(0) - sent_rows  # rows are numbered anew for each rank
+        place_N = row_N - first_W[owner_N]
+        orders = torch.stack([place_N, routing.expert_N[order_N] % self.experts_here], 1)
+        orders = self._exchange(orders, *splits)
+        weight_N = self._exchange(routing.weight_N[order_N], *splits)
+        rows = self._exchange(x_TI[token_R], journey.sent_W, journey.received_W, "rows_out")
+        first_in_W = rows_in.cumsum(0) - rows_in
+        local = Routing(
+            orders[:, 0] + first_in_W.repeat_interleave(orders_in),
+            orders[:, 1].contiguous(),
+            weight_N,
+            rows.shape[0],
+            self.experts_here,
+            causal=routing.causal,
+        )
+        return rows, local, journey
+
+    def combine(self, y_RO: Tensor, handle: Any) -> Tensor:
+        """Answers back at their tokens [T, O], added up in the order of ranks."""
+        back = self._exchange(y_RO, handle.received_W, handle.sent_W, "rows_back")
+        return back.new_zeros(handle.num_tokens, back.shape[1]).index_add(0, handle.token_R, back)
+
+    def _count(self, owner: Tensor) -> Tensor:
+        return torch.bincount(owner, minlength=self.world)
+
+    def _exchange(self, data: Tensor, sent_W: Sequence[int], received_W: Sequence[int], kind: str = "orders") -> Tensor:
+        """The collective, with gradient; counts what leaves this rank."""
+        data = data.contiguous()
+        out = data.new_empty(sum(received_W), *data.shape[1:])
+        got: Tensor = all_to_all_single(out, data, list(received_W), list(sent_W), group=self.group)
+        nbytes = data[:1].numel() * data.element_size() if len(data) else out[:1].numel() * out.element_size()
+        self._add(kind, nbytes * self._leaving(sent_W))
+        if got.requires_grad:
+            later = "orders" if kind == "orders" else "gradients"
+            backward = nbytes * self._leaving(received_W)
+            got.register_hook(lambda gradient: self._add(later, backward))
+        return got
+
+    def _leaving(self, split_W: Sequence[int]) -> int:
+        return sum(count for rank, count in enumerate(split_W) if rank != self.rank)
+
+    def _add(self, kind: str, nbytes: int) -> None:
+        setattr(self.traffic, kind, getattr(self.traffic, kind) + nbytes)
+
+
+def shard_experts(layer: MoELayer, group: dist.ProcessGroup | None = None, *, one_copy: bool = True) -> AllToAll:
+    """Keep this rank's experts of a layer and send rows where their experts are; in place.
+
+    Every rank must hold the same weights before. ``pre`` and ``post`` stay where the tokens are: only what stands
+    between them travels.
+
+    Returns:
+        The layer's dispatcher, with the byte counter.
+
+    Raises:
+        ConfigError: the bank is not stacked, or its experts cannot be shared equally.
+    """
+    bank = layer.bank
+    if not isinstance(bank, StackedFFN):
+        raise ConfigError(
+            f"{layer.site or 'layer'}: experts in a {type(bank).__name__} cannot be shared out; stacked ones can"
+        )
+    dispatcher = AllToAll(bank.num_experts, group, one_copy=one_copy)
+    here = dispatcher.experts_here
+    mine = slice(dispatcher.rank * here, (dispatcher.rank + 1) * here)
+    for name, parameter in list(bank.named_parameters()):
+        kept = torch.nn.Parameter(parameter.detach()[mine].clone(), requires_grad=parameter.requires_grad)
+        bank.register_parameter(name, kept)
+    bank.num_experts = here
+    layer.dispatcher = dispatcher
+    return dispatcher
