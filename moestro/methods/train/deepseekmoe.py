@@ -20,11 +20,9 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer
-from moestro.core.losses import RoutingLoss
 from moestro.core.plan import MethodUse
-from moestro.core.registry import method
-from moestro.core.router import Router
 from moestro.core.site import Shared, Site
+from moestro.methods.train._parts.assemble import losses_by_id, router_by_id
 from moestro.methods.train._parts.dense import DenseFFN
 
 
@@ -78,17 +76,8 @@ class Config(BaseConfig):
 
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The layer for a feed-forward site of width ``site.dim``."""
-    use = method(config.router.method)
-    sizes = {"num_experts": config.num_routed, "top_k": config.active_routed}
-    router = use.build(site, use.configure({**config.router.config, **sizes}), shared)
-    if not isinstance(router, Router):
-        raise ConfigError(f"router={config.router.method!r} builds no router; choose a router method")
-    losses = {}
-    for name, entry in config.losses.items():
-        loss = method(entry.method).build(site, method(entry.method).configure(entry.config), shared)
-        if not isinstance(loss, RoutingLoss):
-            raise ConfigError(f"losses.{name}={entry.method!r} builds no routing loss")
-        losses[name] = loss
+    router = router_by_id(config.router, site, shared, num_experts=config.num_routed, top_k=config.active_routed)
+    losses = losses_by_id(config.losses, site, shared)
     bank = StackedFFN(config.num_routed, site.dim, config.thin_size, activation=config.activation, gated=config.gated)
     branch = None
     if config.shared:

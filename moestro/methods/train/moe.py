@@ -22,12 +22,11 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer
-from moestro.core.losses import RoutingLoss
 from moestro.core.plan import MethodUse
-from moestro.core.registry import method
 from moestro.core.remap import RemapRouter
 from moestro.core.router import Router
 from moestro.core.site import Shared, Site
+from moestro.methods.train._parts.assemble import losses_by_id, router_by_id
 from moestro.methods.train._parts.dense import DenseFFN
 from moestro.models.swap import SharedExpert
 from moestro.surgery.opened import Form, form_at
@@ -88,25 +87,9 @@ def _form(site: Site, config: Config) -> dict[str, Any]:
 
 
 def _router(site: Site, config: Config, shared: Shared) -> Router:
-    use = method(config.router.method)
     count = config.num_experts if config.remap is None else len(config.remap)
-    given = config.router.config.get("num_experts", count)
-    if given != count:
-        raise ConfigError(f"router.num_experts={given}, but the layer has {count} experts to choose from; leave it out")
-    router: Any = None
-    if "num_experts" in use.config_type.model_fields:
-        router = use.build(site, use.configure({**config.router.config, "num_experts": count}), shared)
-    if not isinstance(router, Router):
-        raise ConfigError(f"router={config.router.method!r} builds no router; choose a router method")
+    router = router_by_id(config.router, site, shared, num_experts=count)
     return router if config.remap is None else RemapRouter(router, config.remap)
-
-
-def _loss(site: Site, name: str, use: MethodUse, shared: Shared) -> RoutingLoss:
-    found = method(use.method)
-    loss = found.build(site, found.configure(use.config), shared)
-    if not isinstance(loss, RoutingLoss):
-        raise ConfigError(f"losses.{name}={use.method!r} builds no routing loss")
-    return loss
 
 
 def _around(site: Site, router: Router, bank: StackedFFN) -> MoELayer:
@@ -145,7 +128,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         branch = DenseFFN(site.dim, config.shared, **{k: form[k] for k in ("activation", "gated", "bias")})
         if config.shared_gate:
             branch = SharedExpert(branch, nn.Linear(site.dim, 1, bias=False))
-    losses = {name: _loss(site, name, use, shared) for name, use in config.losses.items()}
+    losses = losses_by_id(config.losses, site, shared)
     return MoELayer(router, bank, site=site.path, shared=branch, losses=losses)
 
 
