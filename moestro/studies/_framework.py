@@ -16,8 +16,8 @@ from moestro.core.errors import ConfigError
 
 
 __all__ = [
-    "BUDGETS", "Arm", "Beats", "Budget", "Claim", "Interval", "Judge", "Judgement", "Matches", "Measured", "Study",
-    "Verdict", "Within", "interval", "merge",
+    "BUDGETS", "Arm", "Beats", "Budget", "Claim", "Interval", "Judge", "Judgement", "Matches", "Measured",
+    "NotWorse", "Study", "Verdict", "Within", "interval", "merge",
 ]  # fmt: skip
 
 Verdict = Literal["shown", "partly", "not_shown"]
@@ -190,6 +190,42 @@ class Matches:
         else:
             verdict = "partly" if abs(mean) <= self.tolerance else "not_shown"
         note = f"mean difference {mean:.4g} over {gap.size} seeds, tolerance {self.tolerance:.4g}"
+        return Judgement(verdict=verdict, measured=mean, interval=between, note=note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotWorse:
+    """`method` is at most `tolerance` worse than `control` (of |control| when `relative`); being better is welcome.
+
+    Shown: the worse end of the 95 % interval of the mean gap stays within the tolerance. Partly: only the mean does.
+    """
+
+    method: str
+    control: str
+    tolerance: float
+    better: Literal["lower", "higher"] = "lower"
+    relative: bool = False
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return (self.method, self.control)
+
+    @property
+    def rule(self) -> str:
+        unit = f"{self.tolerance:.3g} of {self.control}" if self.relative else f"{self.tolerance:.3g}"
+        return f"{self.method} at most {unit} worse than {self.control} ({self.better} is better), whole 95 % interval"
+
+    def __call__(self, measured: Measured, metric: str) -> Judgement:
+        ours, control = measured.paired(self.method, self.control, metric)
+        worse = (ours - control) if self.better == "lower" else (control - ours)
+        if self.relative:
+            worse = worse / np.maximum(np.abs(control), np.finfo(float).tiny)
+        mean, between = float(worse.mean()), interval(worse)
+        if between is not None and between[1] <= self.tolerance:
+            verdict: Verdict = "shown"
+        else:
+            verdict = "partly" if mean <= self.tolerance else "not_shown"
+        note = f"mean {mean:.4g} worse over {worse.size} seeds, allowed {self.tolerance:.4g}"
         return Judgement(verdict=verdict, measured=mean, interval=between, note=note)
 
 

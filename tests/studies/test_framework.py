@@ -17,6 +17,7 @@ from moestro.studies._framework import (
     Judge,
     Matches,
     Measured,
+    NotWorse,
     Study,
     Within,
     interval,
@@ -85,6 +86,27 @@ def test_beats_relative_divides_by_the_control() -> None:
 def test_beats_compares_the_seeds_both_arms_have() -> None:
     values = Measured({"new": {"loss": {0: 1.0, 1: 9.0}}, "old": {"loss": {1: 10.0, 2: 3.0}}})
     assert Beats(method="new", control="old")(values, "loss").measured == pytest.approx(1.0)
+
+
+def test_not_worse_looks_at_the_worse_side_only() -> None:
+    # Gaps 0.01, 0.03: mean 0.02, half interval t(0.975, 1) * 0.01 = 0.127062.
+    judge = NotWorse(method="new", control="old", tolerance=0.15)
+    close = judge(measured(new=[1.01, 1.03], old=[1.0, 1.0]), "loss")
+    assert close.verdict == "shown"
+    assert close.measured == pytest.approx(0.02)
+    assert close.interval == pytest.approx((0.02 - 0.127062, 0.02 + 0.127062), abs=1e-5)
+    assert (
+        NotWorse(method="new", control="old", tolerance=0.14)(
+            measured(new=[1.01, 1.03], old=[1.0, 1.0]), "loss"
+        ).verdict
+        == "partly"
+    )
+    assert judge(measured(new=[1.3, 1.1], old=[1.0, 1.0]), "loss").verdict == "not_shown"
+    assert judge(measured(new=[0.2, 0.1], old=[1.0, 1.0]), "loss").verdict == "shown"  # Matches would refuse it
+    higher = NotWorse(method="new", control="old", tolerance=0.1, better="higher", relative=True)
+    assert higher(measured(new=[1.9, 1.9], old=[2.0, 2.0]), "loss").measured == pytest.approx(0.05)
+    assert higher(measured(new=[1.7, 1.7], old=[2.0, 2.0]), "loss").verdict == "not_shown"
+    assert judge(measured(new=[1.0], old=[1.0]), "loss").verdict == "partly"
 
 
 @pytest.mark.parametrize(
