@@ -107,6 +107,10 @@ def study_section(key: str, record: dict[str, Any]) -> str:
         measured = f"{claim['metric']}: {claim['measured']:.4g}{spread}"
         claims.append([claim["text"], f"{claim['claimed']} ({claim['where']})", claim["rule"], measured, verdict])
     text += table(["claim", "in the paper", "rule", "measured", "verdict"], claims) + "\n"
+    for claim in record["claims"]:
+        if claim["tells"]:
+            text += f"*{claim['text']}* {claim['verdict'].replace('_', ' ').capitalize()}: {claim['tells']}\n\n"
+    text += f"![{record['title']}: every arm and seed](../results/{key}.svg)\n\n"
     metrics = list(dict.fromkeys(claim["metric"] for claim in record["claims"]))
     arms = []
     for arm in record["arms"]:

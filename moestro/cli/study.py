@@ -53,6 +53,8 @@ def _run(study: Any, budget: Any, seeds: list[int], out: Path, work: Path, fresh
         spread = f" [{between[0]:.4g}, {between[1]:.4g}]" if between else ""
         print(f"  {claim['verdict']:9}  {claim['text']} Claimed {claim['claimed']}; measured "
               f"{claim['metric']} {claim['measured']:.4g}{spread}: {claim['note']}.")  # fmt: skip
+        if claim["tells"]:
+            print(f"             {claim['tells']}")
     if record["dirty"]:
         print("  note: the code had uncommitted changes; commit and run with --fresh before you keep this record")
     print(f"  verdict: {record['verdict']} -> {target}")

@@ -6,6 +6,7 @@ one seed and returns named numbers; everything else (seeding, resuming, statisti
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar
@@ -264,7 +265,11 @@ def merge(verdicts: Sequence[Verdict]) -> Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the paper says (`text`), its number (`claimed`, as printed), where it stands, and how it is judged here."""
+    """What the paper says (`text`), its number (`claimed`, as printed), where it stands, and how it is judged here.
+
+    `tells` is recorded if the claim is not shown: what explains it, in terms of arms that ran. `{arm}` stands for that
+    arm's mean of the claim's metric, `{arm.metric}` for its mean of another one.
+    """
 
     key: str
     text: str
@@ -272,6 +277,20 @@ class Claim:
     claimed: str
     metric: str
     judge: Judge
+    tells: str = ""
+
+    def explain(self, measured: Measured) -> str:
+        """`tells` with the measured numbers in it.
+
+        Raises:
+            ConfigError: it names an arm or a metric that was not measured.
+        """
+
+        def mean(found: re.Match[str]) -> str:
+            arm, _, metric = found[1].partition(".")
+            return f"{np.mean(list(measured.of(arm, metric or self.metric).values())):.4g}"
+
+        return re.sub(r"\{([\w.]+)\}", mean, self.tells)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +331,8 @@ class Study:
         if not any(arm.role == "control" for arm in self.arms):
             raise ConfigError(f"study {self.key}: has no control arm; name the one that could refute the claim")
         for claim in self.claims:
-            unknown = [arm for arm in claim.judge.arms if arm not in names]
+            looks_at = (*claim.judge.arms, *re.findall(r"\{(\w+)", claim.tells))
+            unknown = [arm for arm in looks_at if arm not in names]
             if unknown:
                 raise ConfigError(
                     f"study {self.key}: claim {claim.key!r} looks at arm {unknown[0]!r}; arms are {', '.join(names)}"

@@ -114,6 +114,7 @@ def compile_record(study: Study, budget: Budget, *, work: Path) -> dict[str, Any
                 "key": claim.key, "text": claim.text, "where": claim.where, "claimed": claim.claimed,
                 "metric": claim.metric, "rule": claim.judge.rule, "verdict": judgement.verdict,
                 "measured": judgement.measured, "interval": judgement.interval, "note": judgement.note,
+                "tells": "" if judgement.verdict == "shown" else claim.explain(measured),
             }
             for claim in study.claims for judgement in [judgements[claim.key]]
         ],

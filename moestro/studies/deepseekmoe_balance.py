@@ -16,8 +16,9 @@ from moestro.studies._language import Scale, heldout, llama, loads, text, train,
 
 
 # The paper moves the bias by 1e-3 over a million steps; a run of some hundred steps needs a larger one.
-GAMMA = 0.003
-AUX = {"aux": 0.01, "aux_strong": 0.1}
+GAMMA = {"bias": 0.003, "bias_long": 0.003, "bias_fast": 0.01}
+AUX = {"aux": 0.01, "aux_long": 0.01, "aux_strong": 0.1}
+LONGER = 3  # times the steps
 
 
 def scale(budget: Budget) -> Scale:
@@ -32,7 +33,7 @@ def scale(budget: Budget) -> Scale:
 def build(size: Scale, arm: str, seed: int) -> nn.Module:
     """One shared and 31 routed thin experts in every layer but the first."""
     model = llama(size, seed)
-    gamma = GAMMA if arm == "bias" else 0.0
+    gamma = GAMMA.get(arm, 0.0)
     losses = {"balance": {"method": "train.balance_loss", "config": {"scope": "sequence"}}} if arm in AUX else {}
     use = method("train.deepseekmoe")
     config = use.configure(
@@ -58,7 +59,8 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     size = scale(budget)
     data = text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
     model = build(size, arm, seed)
-    train(model, data.train, size, seed, losses={"balance": AUX[arm]} if arm in AUX else {})
+    steps = size.steps * (LONGER if arm.endswith("_long") else 1)
+    train(model, data.train, size, seed, steps=steps, losses={"balance": AUX[arm]} if arm in AUX else {})
     return {
         "heldout_loss": heldout(model, data.heldout, size),
         "worst_load": worst_load(loads(model, data.heldout, size)),
@@ -98,12 +100,19 @@ STUDY = Study(
             claimed="validation perplexity 9.50 against 9.56 at 1B parameters",
             metric="heldout_loss",
             judge=Beats(method="bias", control="aux"),
+            tells=(
+                "bias {bias}, auxiliary loss {aux}, a bias moved by 0.01 {bias_fast}, no balancing {none}; after three "
+                "times the steps bias {bias_long}, auxiliary loss {aux_long}."
+            ),
         ),
     ),
     arms=(
         Arm(name="bias", text="bias moved after each step, no auxiliary loss"),
         Arm(name="none", text="the same router, bias at rest, no auxiliary loss", role="control"),
         Arm(name="aux", text="balance loss per sequence, weight 0.01", role="control"),
+        Arm(name="bias_fast", text="bias moved by 0.01", role="reference"),
+        Arm(name="bias_long", text="bias moved by 0.003, three times the steps", role="reference"),
+        Arm(name="aux_long", text="balance loss of weight 0.01, three times the steps", role="reference"),
         Arm(name="aux_strong", text="balance loss per sequence, weight 0.1", role="reference"),
     ),
     run=run,

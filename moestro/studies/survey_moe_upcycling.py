@@ -21,6 +21,7 @@ from moestro.surgery.opened import OpenModel
 
 
 EXPERTS, TOP_K = 8, 2
+LONGER = 4  # times the further steps
 AUX = {"balance": 0.01}
 
 
@@ -74,13 +75,14 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
         _untie(model, seed)
     else:
         model = copy.deepcopy(parent(seed, budget.name, size))
-    if arm == "upcycled":
+    if arm.startswith("upcycled"):
         batch = batches(data.train, size, seed)(0)["input_ids"]
         before = _logits(model, batch)
         upcycle(model, seed)
         found["step0_gap"] = float((_logits(model, batch) - before).abs().max())
     steps = extra_steps(size, model, more) if arm == "dense_compute" else more
-    mixture = arm in ("upcycled", "scratch")
+    steps *= LONGER if arm.endswith("_long") else 1
+    mixture = arm in ("upcycled", "upcycled_long", "scratch")
     train(model, data.train, size, seed, steps=steps, first=size.steps, losses=AUX if mixture else {})
     return {"heldout_loss": heldout(model, data.heldout, size), **found}
 
@@ -124,6 +126,10 @@ STUDY = Study(
             claimed="better than dense continuation",
             metric="heldout_loss",
             judge=Beats(method="upcycled", control="dense"),
+            tells=(
+                "after the further steps of the study: upcycled {upcycled}, dense {dense}; after four times as many: "
+                "{upcycled_long} and {dense_long}."
+            ),
         ),
         Claim(
             key="equal_compute",
@@ -132,6 +138,11 @@ STUDY = Study(
             claimed="better than dense continuation at equal time",
             metric="heldout_loss",
             judge=Beats(method="upcycled", control="dense_compute"),
+            tells=(
+                "the parent given the mixture's compute in more tokens reaches {dense_compute}, the mixture "
+                "{upcycled}. On equal tokens mixture and parent stand at {upcycled} and {dense}; after four times the "
+                "further steps at {upcycled_long} and {dense_long}."
+            ),
         ),
         Claim(
             key="parent_helps",
@@ -146,6 +157,8 @@ STUDY = Study(
         Arm(name="upcycled", text="8 copies of every feed-forward layer, 2 active, trained on"),
         Arm(name="dense", text="the parent trained on for the same tokens", role="control"),
         Arm(name="dense_compute", text="the parent trained on for the same compute", role="control"),
+        Arm(name="upcycled_long", text="the copies, four times the further tokens", role="reference"),
+        Arm(name="dense_long", text="the parent, four times the further tokens", role="reference"),
         Arm(name="scratch", text="the mixture's shape, random weights, the same further tokens", role="control"),
     ),
     run=run,

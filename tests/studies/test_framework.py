@@ -157,3 +157,16 @@ def test_a_number_that_was_not_measured_is_named() -> None:
 def test_keys_and_budgets() -> None:
     assert study(part="load-free").key == "some_paper_load_free"
     assert [BUDGETS[name].pick(ci=1, micro=2, full=3) for name in ("ci", "micro", "full")] == [1, 2, 3]
+
+
+def test_what_tells_holds_measured_numbers() -> None:
+    claim = Claim(
+        key="c", text="t", where="w", claimed="x", metric="loss", judge=Within(arm="new"),
+        tells="new {new}, old {old}, time of old {old.seconds}.",
+    )  # fmt: skip
+    found = Measured({"new": {"loss": {0: 1.0, 1: 2.0}}, "old": {"loss": {0: 3.0}, "seconds": {0: 9.0}}})
+    assert claim.explain(found) == "new 1.5, old 3, time of old 9."
+    with pytest.raises(ConfigError, match="arm 'ghost' did not measure 'loss'"):
+        Claim(
+            key="c", text="t", where="w", claimed="x", metric="loss", judge=Within(arm="new"), tells="{ghost}"
+        ).explain(found)
