@@ -78,7 +78,9 @@ def known_values(model_type: str) -> frozenset[str]:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
-    return frozenset({*cls().to_dict(), *getattr(cls, "attribute_map", {}), "num_labels", "rope_theta", "dtype"})
+    return frozenset(
+        {*cls().to_dict(), *getattr(cls, "attribute_map", {}), "decoder_start_token_id", "attn_implementation"}
+    )
 
 
 def model_class(config: Any, task: str | None) -> type[Any]:

@@ -75,8 +75,8 @@ def make_model(config: Mapping[str, Any], head: Head, vocab_size: int, num_label
     if num_labels is not None:
         values["num_labels"] = num_labels
     spec = family(values)
-    _check_names(values)
     built = config_from(values, "model.config")
+    _check_names(values, built)
     built.dtype = torch.float32
     if hasattr(built, "output_router_logits"):
         built.output_router_logits = False
@@ -87,11 +87,12 @@ def make_model(config: Mapping[str, Any], head: Head, vocab_size: int, num_label
     return model
 
 
-def _check_names(values: Mapping[str, Any]) -> None:
+def _check_names(values: Mapping[str, Any], built: Any) -> None:
+    """Raise ConfigError for a value that the configuration ``built`` of them only carries along."""
     from moestro.models.skeleton import known_values
 
-    known = known_values(values["model_type"])
-    unknown = next((name for name in values if name not in known), None)
+    known, held = known_values(values["model_type"]), vars(built)
+    unknown = next((name for name in values if name in held and name not in known and f"_{name}" not in held), None)
     if unknown is not None:
         near = difflib.get_close_matches(str(unknown), sorted(known), n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -15,9 +15,9 @@ from moestro.data.dataset import DataConfig, Dataset, load_tokenizer
 from moestro.data.packing import pack
 from moestro.data.tokens import byte_tokenizer
 from moestro.models.load import load
-from moestro.testing.tiny import tiny_folder
+from moestro.testing.tiny import TINY, tiny_folder
 from moestro.testing.training import recipe
-from moestro.training.build import reference_tokenizer
+from moestro.training.build import make_model, reference_tokenizer
 from moestro.training.loop import Trainer
 from moestro.training.objectives import Causal
 from moestro.training.validate import heldout_loss
@@ -151,6 +151,13 @@ def test_values_of_a_model_from_scratch(
     data = {"source": "builtin:german", "sequence_length": 16, "tokenizer": "bytes"}
     for flags in ([], ["--dry-run"]):
         assert words in wrong_train(folder, folder.parent / "out", capsys, *flags, model=model, data=data)
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_values_that_a_family_knows_are_taken(family: str) -> None:
+    head = {"bert": "masked", "switch_transformers": "seq2seq"}.get(family, "causal")
+    more = {"num_labels": 3, "dtype": "float32", "attn_implementation": "eager"}
+    assert make_model({"model_type": family, **TINY[family], **more}, head, 90).config.num_labels == 3  # type: ignore[arg-type]
 
 
 def test_a_mixture_of_feed_forwards_is_none_of_attentions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
