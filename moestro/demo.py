@@ -6,6 +6,7 @@ untrained parent has shown nothing. Every number comes from the run itself.
 """
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from moestro.core.config import Config
-from moestro.core.errors import SaveError
+from moestro.core.errors import MoestroError, SaveError
 
 
 Say = Callable[[str], None]
@@ -69,14 +70,24 @@ class Demo:
         self.seconds[name] = round(time.perf_counter() - started, 1)
 
     def run(self) -> dict[str, Any]:
-        """All steps, in order.
+        """All steps, in order. What a refusal or an interrupt leaves behind is removed.
 
         Raises:
-            SaveError: the folder for the results exists already.
+            SaveError: the folder for the results exists already, or cannot be made.
         """
         if self.out.exists():
             raise SaveError(f"{self.out} exists; remove it or give another folder with --out")
-        self.out.mkdir(parents=True)
+        try:
+            self.out.mkdir(parents=True)
+        except OSError as error:
+            raise SaveError(f"{self.out}: cannot be made ({error.strerror})") from None
+        try:
+            return self._run()
+        except (MoestroError, KeyboardInterrupt):
+            shutil.rmtree(self.out, ignore_errors=True)
+            raise
+
+    def _run(self) -> dict[str, Any]:
         torch.manual_seed(self.settings.seed)
         with self.step("load the dense model"):
             dense = self.load()

@@ -183,12 +183,12 @@ def verb_page(name: str, command: Any) -> str:
     usage = " ".join([f"moestro {name}", *arguments(command)])
     text = NOTE + f"# moestro {name}\n\n```text\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n"
     below = commands_below(command)
-    if name in STAGES and below:
+    if name in STAGES and of_stage(name):
         text += f"\nSettings and formulas: [{name} methods](../methods/{name}.md).\n"
-    if below:
-        text += "\n" + table(["command", "what it does"], [[f"`{key}`", first_line(sub)] for key, sub in below])
     elif name in STAGES:
         text += "\nNo method of this stage is there yet.\n"
+    if below:
+        text += "\n" + table(["command", "what it does"], [[f"`{key}`", first_line(sub)] for key, sub in below])
     for sub_name, sub in [("", command), *below]:
         rows = list(parameters(sub))
         if rows:

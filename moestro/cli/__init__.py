@@ -5,6 +5,7 @@ Verb files import nothing heavy at module level (no torch, no transformers): `mo
 """
 
 import contextlib
+import errno
 import importlib
 import os
 import pkgutil
@@ -19,6 +20,9 @@ from moestro.core.errors import MoestroError
 __all__ = ["app", "main"]
 
 INTERRUPTED = 130
+# What a disk, a name or a permission can refuse; other errors of the operating system are bugs, with their traceback.
+_USERS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO", "EROFS", "EACCES", "EPERM", "EMFILE",
+                                            "ENAMETOOLONG", "ENOTDIR", "EISDIR", "ELOOP")}  # fmt: skip
 
 
 def app() -> typer.Typer:
@@ -66,11 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.format_message() + _hint(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    except BrokenPipeError:
-        # The reader left (`moestro papers | head`): no message, and nothing more to print at exit either.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left (`moestro papers | head`): no message
+        _drop_output()
         return 1
+    except OSError as error:
+        if error.errno not in _USERS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _drop_output()
+        return _fail(f"{where}{error.strerror}", 2)
     if status == INTERRUPTED:
         return _fail("interrupted", INTERRUPTED)
     return status if isinstance(status, int) else 0
@@ -79,6 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail(message: str, status: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _drop_output() -> None:
+    """Print what can still be printed, and nothing more at exit: that would raise where nobody catches it."""
+    with contextlib.suppress(OSError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _hint(error: typer.TyperException) -> str:

@@ -72,9 +72,14 @@ def _change_model(request: Request) -> None:
     model = _load(request)
     plan = _plan(request, model)
     receipt = surgery.apply(model, plan, calib=[parity_batch(model)])
-    save(model, request.out, overwrite=request.overwrite)
     if request.plan_file is not None:
         plan.save(request.plan_file)
+    try:
+        save(model, request.out, overwrite=request.overwrite)
+    except BaseException:
+        if request.plan_file is not None:
+            request.plan_file.unlink(missing_ok=True)  # the plan and the model appear together or not at all
+        raise
     for line in account(receipt):
         print(line)
     print(f"saved {request.out}")

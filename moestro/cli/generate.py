@@ -104,7 +104,10 @@ def _encode(tokenizer: Any, text: str, *, chat: bool) -> "torch.Tensor":
     import torch
 
     from moestro.core.errors import ConfigError
+    from moestro.data.sources import HALF_CHARACTER
 
+    if HALF_CHARACTER.search(text):  # what Python makes of bytes that it cannot read
+        raise ConfigError("the prompt holds bytes that are not UTF-8 text")
     if chat:
         if not tokenizer.chat_template:
             raise ConfigError("the tokenizer has no chat template; leave --chat out")

@@ -30,6 +30,8 @@ def register(app: typer.Typer) -> None:
         samples: Path | None = typer.Option(None, "--samples", help="JSON file of texts the model wrote."),
     ) -> None:
         """Write a self-contained report: loads, labels, pairs, transitions, entropy, tokens, training, receipt."""
+        if out.exists() and not out.is_file():
+            raise ConfigError(f"{out}: exists and is not a file; give the report another name")
         found = collect(inputs)
         given = {"metrics": metrics, "receipt": receipt, "comparisons": comparisons, "samples": samples}
         found |= {name: path for name, path in given.items() if path is not None}
@@ -80,7 +82,7 @@ def _run(found: dict[str, Path], out: Path, title: str | None, tokenizer: str | 
 
     trace = RoutingTrace.open(found["trace"]) if "trace" in found else None
     samples = read_json(found["samples"]) if "samples" in found else None
-    if samples is not None and not isinstance(samples, list):
+    if samples is not None and not (isinstance(samples, list) and all(isinstance(one, dict) for one in samples)):
         raise DataError(f"{found['samples']}: expected a list of objects")
     named = trace.header.model if trace is not None else ""
     write(

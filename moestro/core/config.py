@@ -16,7 +16,7 @@ _BUILDING: ContextVar[bool] = ContextVar("moestro_config_building", default=Fals
 class Config(BaseModel):
     """Base of every settings class. Building one with a wrong value raises ConfigError, never later."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         inner = _BUILDING.get()
@@ -43,6 +43,11 @@ class Config(BaseModel):
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where or cls.__name__}: expected a mapping, got {type(values).__name__}")
+        odd = next((key for key in values if not isinstance(key, str)), None)
+        if odd is not None:
+            raise ConfigError(
+                f"{where or cls.__name__}: the key {odd!r} is no name; known: {', '.join(cls.model_fields)}"
+            )
         try:
             return cls.model_validate(dict(values))
         except (ValidationError, ConfigError) as error:

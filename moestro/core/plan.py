@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from moestro.core.config import Config
-from moestro.core.errors import ConfigError, PlanError
+from moestro.core.errors import ConfigError, PlanError, SaveError
+from moestro.core.files import whole_file, write_text
 
 
 if TYPE_CHECKING:
@@ -42,15 +43,24 @@ class Plan(Config):
     notes: dict[str, Any] = Field(default_factory=dict)
 
     def save(self, path: str | Path, tensors: "dict[str, Tensor] | None" = None) -> Path:
-        """Write ``path`` (JSON) and, with tensors, the file of the same name ending in ``.safetensors``."""
+        """Write ``path`` (JSON) and, with tensors, the file of the same name ending in ``.safetensors``.
+
+        Raises:
+            SaveError: a file cannot be written; one that stood there is as it was.
+        """
         path = Path(path)
         body = {"kind": self.kind, **self.model_dump(mode="json")}
         if tensors:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
-            save_file(tensors, path.with_suffix(".safetensors"))
-        path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
-        return path
+            beside = path.with_suffix(".safetensors")
+            with whole_file(beside) as draft:
+                try:
+                    save_file(tensors, draft)
+                except SafetensorError as error:  # it hides the operating system's error in its text
+                    raise SaveError(f"{beside}: cannot be written ({error})") from None
+        return write_text(path, json.dumps(body, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -62,7 +72,7 @@ class Plan(Config):
         path = Path(path)
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError(f"{path}: not a readable plan ({error})") from None
         kind = body.pop("kind", None) if isinstance(body, dict) else None
         if kind not in PLANS or (cls.kind != "plan" and kind != cls.kind):

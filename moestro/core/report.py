@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from moestro.core.config import Config
 from moestro.core.errors import ConfigError, DataError
+from moestro.core.files import write_text
 
 
 Cell = float | int | str | None
@@ -53,10 +54,8 @@ class Report(Config):
         return self
 
     def save(self, path: str | Path) -> Path:
-        """Write JSON."""
-        path = Path(path)
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        return path
+        """Write JSON. Raises SaveError when the file cannot be written."""
+        return write_text(path, json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -67,5 +66,5 @@ class Report(Config):
         """
         try:
             return cls.parse(json.loads(Path(path).read_text(encoding="utf-8")), where=str(path))
-        except (OSError, ValueError, ConfigError) as error:
+        except (OSError, ValueError, RecursionError, ConfigError) as error:
             raise DataError(f"{path}: not a readable report ({error})") from None

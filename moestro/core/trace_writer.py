@@ -74,7 +74,11 @@ class TraceWriter:
         self._closed = False
         self._memory = pa.BufferOutputStream() if self.path is None else None
         target: Any = self._memory if self.path is None else self._start(self.path) / DATA_FILE
-        self._parquet = pq.ParquetWriter(target, COLUMNS, compression="zstd", write_page_checksum=True)
+        try:
+            self._parquet = pq.ParquetWriter(target, COLUMNS, compression="zstd", write_page_checksum=True)
+        except OSError as error:
+            self._drop()
+            raise TraceError(f"{self.path}: {error.strerror or error}; nothing was written") from None
 
     def _start(self, path: Path) -> Path:
         if path.exists():
@@ -284,6 +288,9 @@ class TraceWriter:
             self._chunks.clear()
             with contextlib.suppress(OSError, pa.ArrowException):
                 self._parquet.close()
+        self._drop()
+
+    def _drop(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             _ACTIVE.discard(self._folder)

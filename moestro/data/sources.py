@@ -6,6 +6,7 @@ Reading is strict: a file that is missing, empty, binary or lacks a field is ref
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 BUILTIN_PREFIX = "builtin:"
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # JSON can spell it, no text holds it, tokenizers refuse it
 
 
 def read_records(source: str, *, split: Split = "all", fields: Mapping[str, str] | None = None) -> list[Record]:
@@ -121,9 +123,15 @@ def _read_jsonl(path: Path, fields: dict[str, str]) -> Iterator[Record]:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{where}: not JSON ({error}); expected one object a line") from None
+        except RecursionError:
+            raise DataError(f"{where}: the JSON is nested too deeply; expected one flat object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        yield _pick(row, fields, where)
+        picked = _pick(row, fields, where)
+        for name, value in picked.items():
+            if isinstance(value, str) and (half := HALF_CHARACTER.search(value)):
+                raise DataError(f"{where}: field {fields[name]!r} holds \\u{ord(half[0]):04x}, half of a character")
+        yield picked
 
 
 def _read_parquet(path: Path, fields: dict[str, str]) -> Iterator[Record]:
@@ -137,9 +145,13 @@ def _read_parquet(path: Path, fields: dict[str, str]) -> Iterator[Record]:
         raise DataError(f"{path}: not a readable Parquet file ({line})") from None
     with file:
         _pick(dict.fromkeys(file.schema_arrow.names), fields, str(path))
-        for batch in file.iter_batches(columns=sorted(set(fields.values()))):
-            for row in batch.to_pylist():
-                yield {name: row[column] for name, column in fields.items()}
+        try:
+            for batch in file.iter_batches(columns=sorted(set(fields.values()))):
+                for row in batch.to_pylist():
+                    yield {name: row[column] for name, column in fields.items()}
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise DataError(f"{path}: the Parquet file is damaged ({line})") from None
 
 
 def _pick(row: Record, fields: dict[str, str], where: str) -> Record:

@@ -143,6 +143,14 @@ def has_manifest(path: str | Path) -> bool:
     return True
 
 
+def check_complete(folder: Path) -> None:
+    """Raise `LoadError` for a folder that Moestro saved and that is not whole. Folders of others are not judged."""
+    if has_manifest(folder):
+        verify_folder(folder)
+    elif (folder / MANIFEST).exists() and (folder / "receipt.json").exists():
+        read_manifest(folder)  # ours, and damaged: says how
+
+
 def recover(target: str | Path) -> None:
     """Put back what a killed save left between its two renames, and sweep its leftovers. Does nothing while
     one saves.

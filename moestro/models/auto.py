@@ -13,6 +13,8 @@ from typing import Any
 
 
 MODEL_TYPE = "moestro"
+SCHEMA = 1
+"""Version of what ``config.json`` of a Moestro folder says."""
 
 TASKS = {
     "base": "AutoModel",

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import LoadError
-from moestro.models.auto import MODEL_TYPE
-from moestro.models.headers import read_headers, read_json
+from moestro.models.auto import MODEL_TYPE, SCHEMA
+from moestro.models.headers import read_headers, read_json, shown
 from moestro.models.refs import resolve
 from moestro.models.source import TensorSource
 from moestro.models.swap import Swap
@@ -49,15 +49,30 @@ class Checkpoint:
 
     @property
     def swaps(self) -> list[Swap]:
-        """The swaps to do on the empty model, in order."""
+        """The swaps to do on the empty model, in order.
+
+        Raises:
+            LoadError: a Moestro config without the list. ConfigError: an entry of it.
+        """
         if not self.is_moestro:
             return []
-        return [Swap.parse(entry, where=f"{self.name}: swaps[{i}]") for i, entry in enumerate(self.config["swaps"])]
+        return read_swaps(self.config, self.name)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """A small file of the folder, None if it is not there."""
         path = self.folder / name
         return read_json(path) if path.is_file() else None
+
+
+def read_swaps(config: Mapping[str, Any], name: str) -> list[Swap]:
+    """The list of swaps in a Moestro model's ``config.json``. Errors as ``Checkpoint.swaps``."""
+    schema = config.get("schema", SCHEMA)
+    if schema != SCHEMA:
+        raise LoadError(f"{name}: config.json has schema {shown(schema)}, this version of Moestro reads {SCHEMA}")
+    entries = config.get("swaps")
+    if not isinstance(entries, list):
+        raise LoadError(f"{name}: config.json of a Moestro model needs a list of swaps, it has {shown(entries)}")
+    return [Swap.parse(entry, where=f"{name}: swaps[{i}]") for i, entry in enumerate(entries)]
 
 
 def open_checkpoint(ref: str | Path) -> Checkpoint:

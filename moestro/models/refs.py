@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moestro.core.errors import LoadError
-from moestro.models.atomic import has_manifest, recover, verify_folder
+from moestro.models.atomic import check_complete, recover
 from moestro.models.cache import convert_gguf
 from moestro.models.headers import PICKLE_SUFFIXES, check_not_pickled, read_json, shown
 from moestro.models.safety import check_no_remote_code
@@ -71,8 +71,7 @@ def _checked_file(path: Path) -> Path:
 
 
 def _opened(ref: str, kind: Kind, folder: Path) -> ModelFiles:
-    if has_manifest(folder):
-        verify_folder(folder)
+    check_complete(folder)
     if not (folder / "config.json").is_file():
         check_not_pickled(folder)
         raise LoadError(f"{folder}: no config.json; is it a model folder?")

@@ -16,14 +16,13 @@ import moestro
 from moestro.core.errors import SaveError
 from moestro.core.layer import mixture_layers
 from moestro.models.atomic import atomic_folder
-from moestro.models.auto import MODEL_TYPE
+from moestro.models.auto import MODEL_TYPE, SCHEMA
 from moestro.models.families import family
 from moestro.models.source import MemorySource, TensorSource
 from moestro.models.swap import state_of
 from moestro.models.writer import write_source
 
 
-SCHEMA = 1
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import LoadError
+from moestro.models.atomic import check_complete, recover
 from moestro.models.families import family
 from moestro.models.headers import INDEX_NAME, PICKLE_SUFFIXES, check_not_pickled, read_headers, read_json
 from moestro.models.safety import check_no_remote_code
@@ -31,6 +32,7 @@ def read_size(ref: str | Path) -> ModelSize:
     """
     text = str(ref)
     path = _wheel(text) if text.startswith("wheel:") else Path(text).expanduser()
+    recover(path)
     if path.is_file():
         return _gguf(path, text)
     if not path.is_dir():
@@ -47,6 +49,7 @@ def size_of_values(values: Mapping[str, Any], name: str) -> ModelSize:
 
 
 def _folder(folder: Path, name: str) -> ModelSize:
+    check_complete(folder)
     if not (folder / "config.json").is_file():
         check_not_pickled(folder)
         raise LoadError(f"{folder}: no config.json; is it a model folder?")
@@ -92,13 +95,13 @@ def _dressed(values: Mapping[str, Any], name: str) -> Any:
     """A Moestro folder's model on the meta device."""
     import torch
 
+    from moestro.models.checkpoint import read_swaps
     from moestro.models.load import dressed
-    from moestro.models.swap import Swap
 
     base = values["base_config"]
     spec = family(base)
     config = config_from(base, f"{name}: config.json")
-    swaps = [Swap.parse(entry, where=f"{name}: swaps[{i}]") for i, entry in enumerate(values.get("swaps", ()))]
+    swaps = read_swaps(values, name)
     with torch.device("meta"):
         return dressed(model_class(config, None), config, spec, swaps)
 

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 
 from moestro.core.errors import LoadError
 from moestro.models.auto import TASKS
+from moestro.models.headers import shown
 from moestro.models.keymap import Entry
 from moestro.models.weights import join, split
+
+
+POSITIVE = (
+    *("hidden_size", "d_model", "vocab_size", "num_attention_heads", "num_heads", "num_key_value_heads"),
+    *("head_dim", "d_kv", "num_hidden_layers", "num_layers"),
+)
+"""Values of a config that divide others, or that no tensor can have as a size if they are under 1."""
 
 
 class Tensors(Protocol):
@@ -51,10 +59,28 @@ def config_from(values: Mapping[str, Any], where: str) -> Any:
     from transformers import CONFIG_MAPPING
 
     try:
-        return CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise LoadError(f"{where}: Transformers refuses this config: {reason}") from None
+    for name in POSITIVE:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise LoadError(f"{where}: {name}={value}; must be at least 1")
+    heads, groups = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+        raise LoadError(f"{where}: num_key_value_heads={groups} does not divide num_attention_heads={heads}")
+    return config
+
+
+def known_values(model_type: str) -> frozenset[str]:
+    """Names that a config of this type gives a meaning to; Transformers takes any other without a word."""
+    from transformers import CONFIG_MAPPING
+
+    cls = CONFIG_MAPPING[model_type]
+    return frozenset(
+        {*cls().to_dict(), *getattr(cls, "attribute_map", {}), "decoder_start_token_id", "attn_implementation"}
+    )
 
 
 def model_class(config: Any, task: str | None) -> type[Any]:
@@ -67,6 +93,8 @@ def model_class(config: Any, task: str | None) -> type[Any]:
 
     family = config.model_type
     if task is None and config.architectures:
+        if not isinstance(config.architectures, list):
+            raise LoadError(f"config.json: architectures={shown(config.architectures)} must be a list of class names")
         name = config.architectures[0]
         found = getattr(transformers, name, None) if re.fullmatch(r"\w+", str(name)) else None
         if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -87,9 +115,22 @@ def model_class(config: Any, task: str | None) -> type[Any]:
 
 
 def empty_model(cls: type[Any], config: Any) -> Any:
-    """An instance of ``cls`` in evaluation mode whose parameters have shapes only."""
+    """An instance of ``cls`` in evaluation mode whose parameters have shapes only. Errors as ``construct``."""
     with parameters_on_meta():
-        return cls(config).eval()
+        return construct(cls, config, "config.json").eval()
+
+
+def construct(cls: type[Any], config: Any, where: str) -> Any:
+    """An instance of ``cls``.
+
+    Raises:
+        LoadError: its constructor fails, since Transformers checks most values of a config only there.
+    """
+    try:
+        return cls(config)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise LoadError(f"{where}: {cls.__name__} cannot be built from these values ({reason})") from None
 
 
 def fill(

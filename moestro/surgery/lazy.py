@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from moestro.core.errors import PlanError
+
 
 class LazySource:
     """See TensorSource.
@@ -37,8 +39,15 @@ class LazySource:
         return self._tensors[key].numel() * self._tensors[key].element_size()
 
     def get(self, key: str) -> Tensor:
-        """The tensor."""
-        return self._fetch(key).to("cpu", self.dtype(key))
+        """The tensor.
+
+        Raises:
+            PlanError: it has no storage, as in a dry run.
+        """
+        found = self._fetch(key)
+        if found.is_meta:
+            raise PlanError(f"{self.name}: this plan looks at weights ({key}), and none were read; it needs a real run")
+        return found.to("cpu", self.dtype(key))
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,5 +1,6 @@
 """From a recipe to a model: opened or made, planned and swapped."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,17 +55,19 @@ def make_model(config: Mapping[str, Any], head: Head, vocab_size: int, num_label
         config: values of a Transformers configuration; ``vocab_size`` may be missing or ``auto``.
 
     Raises:
-        ConfigError: a vocabulary smaller than the tokenizer's.
+        ConfigError: a vocabulary smaller than the tokenizer's, a value that the family's configuration does not have.
         FamilyError, LoadError: a family that is not known, a value that Transformers refuses.
     """
     from moestro.models.families import family
-    from moestro.models.skeleton import config_from, model_class
+    from moestro.models.skeleton import config_from, construct, model_class
     from moestro.models.subclass import moestro_class
     from moestro.models.swap import swap_stock_blocks, watch_stacks
 
     values = dict(config)
     if values.get("vocab_size", "auto") == "auto":
         values["vocab_size"] = vocab_size
+    if not isinstance(values["vocab_size"], int):
+        raise ConfigError(f"model.config.vocab_size={values['vocab_size']!r}: expected a whole number or auto")
     if values["vocab_size"] < vocab_size:
         raise ConfigError(
             f"model.config.vocab_size={values['vocab_size']} is under the tokenizer's {vocab_size} tokens"
@@ -73,14 +76,38 @@ def make_model(config: Mapping[str, Any], head: Head, vocab_size: int, num_label
         values["num_labels"] = num_labels
     spec = family(values)
     built = config_from(values, "model.config")
+    _check_names(values, built)
     built.dtype = torch.float32
     if hasattr(built, "output_router_logits"):
         built.output_router_logits = False
     stock: Any = model_class(built, TASKS[head])
-    model = moestro_class(stock)(built)
+    model = construct(moestro_class(stock), built, "model.config")
     swap_stock_blocks(model, spec)
     watch_stacks(model, spec)
     return model
+
+
+def _check_names(values: Mapping[str, Any], built: Any) -> None:
+    """Raise ConfigError for a value that the configuration ``built`` of them only carries along."""
+    from moestro.models.skeleton import known_values
+
+    known, held = known_values(values["model_type"]), vars(built)
+    unknown = next((name for name in values if name in held and name not in known and f"_{name}" not in held), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(str(unknown), sorted(known), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"model.config: a {values['model_type']} configuration has no {unknown!r}{hint}")
+
+
+def check_causal(head: Head, model: Any) -> None:
+    """Raise ConfigError for an encoder that is to predict next tokens: it sees them."""
+    from moestro.models.families import family
+
+    if head != "causal" or not getattr(model, "is_moestro", False):
+        return
+    encoders = all(stack.name == "encoder" for stack in family(model.config).stacks)
+    if encoders and not getattr(model.config, "is_decoder", False):
+        raise ConfigError(f"{type(model).__name__} sees the tokens it would have to predict; use objective: masked")
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", model: Any) -> None:

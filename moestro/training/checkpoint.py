@@ -73,7 +73,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor] | None = None,
     tokenizer: Any = None,
 ) -> Saved:
-    """Write ``folder/step-N`` whole, then delete the oldest ones so that ``keep`` stay.
+    """Write ``folder/step-N`` whole, then delete the oldest ones so that ``keep`` stay, this one among them.
 
     Args:
         step: steps done. optimizer: ``optimizer_tensors``. state: JSON values. weights: of a sharded model, gathered.
@@ -95,7 +95,8 @@ def save_checkpoint(
         save_file(dict(rng), draft / "rng.safetensors")
         body = {"schema": SCHEMA, "step": step, **state}
         (draft / "state.json").write_text(json.dumps(body, indent=1) + "\n", "utf-8")
-    for old in find_checkpoints(folder)[0][:-keep]:
+    # Later steps are what a resumed run passed over as damaged: they must not push sound ones out.
+    for old in [saved for saved in find_checkpoints(folder)[0] if saved.step <= step][:-keep]:
         shutil.rmtree(old.path)
     return Saved(target, step)
 

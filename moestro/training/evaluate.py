@@ -112,12 +112,16 @@ def score_texts(
 
 
 def check_windows(model: nn.Module, context: int, stride: int | None) -> int:
-    """The stride in force. Raises ConfigError for windows that cannot be."""
+    """The stride in force. Raises ConfigError for windows that cannot be, or a model that predicts no next token."""
+    if hasattr(model, "can_generate") and (not model.can_generate() or model.config.is_encoder_decoder):
+        raise ConfigError(
+            f"{type(model).__name__} does not predict the next token of a text; give a causal language model"
+        )
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if context < 1:
         raise ConfigError(f"context={context}: a window needs at least 1 token")
     if isinstance(limit, int) and context > limit:
-        raise ConfigError(f"context={context} is above the {limit} positions of this model")
+        raise ConfigError(f"context={context} is above the {limit} positions of this model; use {limit} or less")
     found = max(1, context // 2) if stride is None else stride
     if not 1 <= found <= context:
         raise ConfigError(f"stride={found} must lie between 1 and context={context}")

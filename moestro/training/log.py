@@ -1,5 +1,6 @@
 """What a run says: JSON lines always, a progress bar or plain lines on screen, TensorBoard when asked."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from moestro.core.errors import ConfigError
+from moestro.core.errors import ConfigError, SaveError
 from moestro.training.monitor import RouterReport
 
 
@@ -62,7 +63,10 @@ class Log:
             self.bar.stop()
         if self.board is not None:
             self.board.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # what could not be written was told where it was written
+            self.file.close()
+        if self.path.exists() and not self.path.stat().st_size:
+            self.path.unlink()  # no step came to its end
 
     def say(self, line: str) -> None:
         """One line on screen, above the bar."""
@@ -80,8 +84,11 @@ class Log:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One object into the JSON lines; numbers at its top level into TensorBoard."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise SaveError(f"{self.path}: cannot be written ({error.strerror})") from None
         if self.board is not None:
             for name, value in _numbers(row):
                 self.board.add_scalar(name, value, row["step"])

@@ -4,6 +4,7 @@ Everything a phase sets is a function of the step, so a resumed run needs to kno
 is applied once, never again on resume).
 """
 
+import difflib
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,9 +95,9 @@ def frozen_names(names: Sequence[str], phase: PhaseConfig | None) -> set[str]:
         return set()
     for pattern in (*phase.freeze, *phase.train):
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"phase {phase.name!r}: pattern {pattern!r} matches no parameter; see --dry-run for names"
-            )
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            hint = f"; the nearest is called {near[0]}" if near else ""
+            raise ConfigError(f"phase {phase.name!r}: pattern {pattern!r} matches no parameter{hint}")
     return {
         name
         for name in names

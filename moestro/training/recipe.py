@@ -295,6 +295,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not a text file; expected a YAML recipe") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a recipe") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

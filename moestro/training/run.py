@@ -15,6 +15,7 @@ from moestro.core.errors import ConfigError, SaveError, TrainError
 from moestro.data.dataset import Dataset, build_dataset, load_tokenizer
 from moestro.training.build import (
     build_model,
+    check_causal,
     check_vocabulary,
     enter_phase,
     loss_weights,
@@ -89,6 +90,7 @@ def prepare(
         model = open_model(saved.model)
     check_length(recipe, model)
     check_vocabulary(tokenizer, model)
+    check_causal(objective.head, model)
     objective = make_objective(recipe.objective, tokenizer, model.config)
     recipe = recipe.model_copy(update={"losses": loss_weights(recipe, model)})
     if recipe.gradient_checkpointing:
@@ -128,6 +130,7 @@ def dry_run(recipe: Recipe | str | Path) -> Size:
     model = build_skeleton(settings, objective.head, tokenizer)
     check_length(settings, model)
     check_vocabulary(tokenizer, model)
+    check_causal(objective.head, model)
     named = dict(model.named_parameters())
     moving = ever_trained(sorted(named), settings)
     for name, parameter in named.items():
@@ -228,7 +231,11 @@ def _locked(folder: Path, group: Ranks) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TrainError(f"{folder}: another process is training there; give another --out") from None
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if nothing came of the run
     finally:
         os.close(descriptor)

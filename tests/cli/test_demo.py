@@ -59,3 +59,13 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.Capture
     assert main(["demo", "--out", str(tmp_path)]) == 2
     assert "exists" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_model_leaves_no_folder(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["demo", "--model", "wheel:no-such-model", "--out", str(out)]) == 2
+    assert not out.exists()
+    assert main(["demo", "--model", str(tiny), "--layers", "last:77", "--out", str(out)]) == 2
+    assert not out.exists()
+    assert main(["demo", "--model", str(tiny), "--out", str(tiny / "config.json" / "x")]) == 2
+    assert "cannot be made" in capsys.readouterr().err

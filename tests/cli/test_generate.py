@@ -116,3 +116,8 @@ def test_models_that_cannot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         told = capsys.readouterr()
         assert said in told.err
         assert told.err.count("\n") == 1
+
+
+def test_a_prompt_that_is_no_text_is_one_line(mixtral: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(mixtral), "--prompt", "w10 \udcff"]) == 2  # what the shell's byte 0xff becomes
+    assert capsys.readouterr().err == "error: the prompt holds bytes that are not UTF-8 text\n"

@@ -59,3 +59,26 @@ def test_an_unknown_branch_or_stage_is_refused(
     told = capsys.readouterr().err
     assert word in told
     assert told.count("\n") == 1
+
+
+def test_the_map_shows_every_place_and_what_is_open(capsys: pytest.CaptureFixture[str]) -> None:
+    from moestro.core.papers import load_papers
+    from moestro.core.taxonomy import taxonomy_paths
+
+    assert main(["methods", "--map", "--json"]) == 0
+    found = {row["path"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(found) == taxonomy_paths()
+    assert {method for row in found.values() for method in row["methods"]} == set(cards())
+    assert {paper for row in found.values() for paper in row["papers"]} == {paper.key for paper in load_papers()}
+    assert found["gating"]["implemented"]
+    assert not found["gating/soft/token-merging"]["implemented"]
+    assert main(["methods", "--map", "--under", "gating/sparse/non-trainable"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any("train.hash_router" in line for line in told)
+    assert any("domain-mapping" in line and "open" in line for line in told)
+    assert told[-1] == "4 places at the ends of the map, 2 with a method"
+
+
+def test_the_map_has_no_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--map", "--stage", "train"]) == 2
+    assert "leave --stage out" in capsys.readouterr().err

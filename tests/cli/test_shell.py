@@ -1,6 +1,8 @@
 """The command-line shell: exit statuses, one-line errors, light start."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +96,36 @@ def test_a_closed_pipe_brings_no_message() -> None:
             f"{sys.executable} -m moestro {verb} | true", shell=True, capture_output=True, text=True, check=False
         )
         assert run.stderr == ""
+
+
+def test_what_the_disk_refuses_is_one_line_and_status_two(
+    verb: dict[str, BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb["error"] = OSError(errno.ENOSPC, "No space left on device", "out/metrics.jsonl")
+    assert main(["act"]) == 2
+    assert capsys.readouterr().err == "error: out/metrics.jsonl: No space left on device\n"
+    verb["error"] = FileNotFoundError(errno.ENOENT, "a file of ours is missing", "page.css")
+    with pytest.raises(FileNotFoundError):
+        main(["act"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    command = f"{sys.executable} -m moestro papers --json > /dev/full"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_report_does_not_take_the_place_of_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is renamed into place; where root writes to /dev/null, that would be the end of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "samples.json").write_text("[1]")
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "pipe")]) == 2
+    assert "is not a file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 2
+    assert "samples.json: expected a list of objects" in capsys.readouterr().err
 
 
 def test_help_lists_every_verb_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:

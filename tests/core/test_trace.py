@@ -472,3 +472,13 @@ def test_memory_stays_flat_while_recording(tmp_path):
     trace = RoutingTrace.open(tmp_path / "x.trace")
     assert trace.load(0).tolist() == [50 * 128, 0, 0]
     assert Path(trace.path / "trace.parquet").stat().st_size < 50 * 128 * 8
+
+
+def test_a_recording_that_cannot_begin_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("moestro.core.trace_writer.pq.ParquetWriter", full)
+    with pytest.raises(TraceError, match="No space left on device; nothing was written"):
+        TraceWriter(tmp_path / "a.trace")
+    assert list(tmp_path.iterdir()) == []

@@ -197,3 +197,30 @@ def test_data_config_shorthand_and_errors() -> None:
             byte_tokenizer(),
             "packed",
         )
+
+
+def test_json_that_no_reader_survives(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(DataError, match="line 2: the JSON is nested too deeply"):
+        read_texts(str(path))
+    path.write_text('{"text": "a\\ud800b"}\n')
+    with pytest.raises(DataError, match=r"line 1: field 'text' holds \\ud800, half of a character"):
+        read_texts(str(path))
+    path.write_text('{"text": "a\\ud83d\\ude00b"}\n')
+    assert read_texts(str(path)) == ["a\U0001f600b"]
+
+
+def test_a_parquet_file_that_is_damaged_inside(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a long text " * 100] * 50}), path)
+    body = bytearray(path.read_bytes())
+    for place in range(8, 60):
+        body[place] ^= 0x5A
+    path.write_bytes(body)
+    with pytest.raises(DataError, match="the Parquet file is damaged") as caught:
+        read_texts(str(path))
+    assert "\n" not in str(caught.value)

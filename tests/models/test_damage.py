@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moestro
-from moestro.core.errors import LoadError
+from moestro.core.errors import LoadError, MoestroError
 from moestro.models.checkpoint import open_checkpoint
 from moestro.models.families import families
 from moestro.models.load import dressed
 from moestro.models.matching import match
+from moestro.models.sizing_read import read_size
 from moestro.models.skeleton import config_from, model_class
 from moestro.testing.tiny import tiny_folder
 
@@ -228,3 +229,61 @@ def test_a_square_expert_transposed_is_caught_by_the_manifest_only(tmp_path):
 
     with pytest.raises(LoadError, match=r"sha256|bytes but"):
         verify_folder(tmp_path / "own", deep=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": ["mixtral"]}, "not a family"),
+        ({"architectures": 7}, "architectures=7 must be a list"),
+        ({"hidden_act": "zilu"}, "cannot be built from these values .*zilu"),
+        ({"rope_parameters": {"rope_type": "wobble"}}, "cannot be built from these values .*wobble"),
+        ({"hidden_size": 2**40}, "cannot be built from these values"),
+        ({"hidden_size": 0}, "hidden_size=0; must be at least 1"),
+        ({"hidden_size": -4}, "hidden_size=-4"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+    ],
+)
+def test_a_config_that_makes_no_model(folders, tmp_path, changes, words):
+    folder = changed_config(folders["mixtral"], tmp_path, **changes)
+    with pytest.raises(MoestroError, match=words) as caught:
+        moestro.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"swaps": None}, "needs a list of swaps, it has None"),
+        ({"swaps": {"a": 1}}, "needs a list of swaps"),
+        ({"swaps": ["x"]}, r"swaps\[0\]: expected a mapping"),
+        ({"schema": 99}, "schema 99, this version of Moestro reads 1"),
+    ],
+)
+def test_a_damaged_config_of_ours(folders, tmp_path, changes, words):
+    moestro.save(moestro.load(folders["mixtral"]), tmp_path / "own")
+    (tmp_path / "own" / "manifest.json").unlink()
+    config = tmp_path / "own" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    for read in (moestro.load, read_size):
+        with pytest.raises(MoestroError, match=words):
+            read(tmp_path / "own")
+
+
+def test_a_damaged_manifest_of_ours_is_not_passed_over(folders, tmp_path):
+    moestro.save(moestro.load(folders["mixtral"]), tmp_path / "own")
+    (tmp_path / "own" / "manifest.json").write_text("{")
+    for read in (moestro.load, read_size):
+        with pytest.raises(LoadError, match=r"manifest\.json: is not valid JSON"):
+            read(tmp_path / "own")
+    (tmp_path / "own" / "receipt.json").unlink()  # other tools have a manifest.json of their own
+    moestro.load(tmp_path / "own")
+
+
+def test_sizes_of_a_folder_that_lost_a_file(folders, tmp_path):
+    moestro.save(moestro.load(folders["mixtral"]), tmp_path / "own")
+    (tmp_path / "own" / WEIGHTS).unlink()
+    with pytest.raises(LoadError, match="missing, though manifest"):
+        read_size(tmp_path / "own")

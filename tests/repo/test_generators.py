@@ -27,6 +27,14 @@ def test_generated_pages_are_fresh() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_pages_of_verbs_that_are_stages_lead_to_their_methods() -> None:
+    for stage in STAGES:
+        if (ROOT / "docs" / "methods" / f"{stage}.md").exists():
+            page = (ROOT / "docs" / "verbs" / f"{stage}.md").read_text(encoding="utf-8")
+            assert f"(../methods/{stage}.md)" in page
+            assert "No method" not in page
+
+
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
     """The tree without its history, to write into."""

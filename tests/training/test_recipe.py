@@ -184,6 +184,8 @@ def test_freezing_by_pattern() -> None:
     assert all(p.requires_grad for p in model.parameters())
     with pytest.raises(ConfigError, match=r"pattern 'nothing\.\*' matches no parameter"):
         freeze(model, PhaseConfig(name="p", freeze=["nothing.*"]))
+    with pytest.raises(ConfigError, match=r"the nearest is called blocks\.1\.router\.weight"):
+        freeze(model, PhaseConfig(name="p", freeze=["blocks.1.routr.*"]))
     with pytest.raises(ConfigError, match="nothing is left to train"):
         freeze(model, PhaseConfig(name="p", freeze=["*"]))
 

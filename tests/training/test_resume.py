@@ -164,6 +164,21 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(tmp_path: Path) -> No
     assert any("optimizer.safetensors" in note for note in notes)
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_sound_ones(tmp_path: Path) -> None:
+    """Step 5 is damaged, the run went on from an earlier one and saves step 4: that one must stay."""
+    losses = {"balance": 0.1, "z": 0.1}
+    run = trainer(tmp_path, recipe=recipe(steps=6, losses=losses, checkpoint={"every": 3, "keep": 1}))
+    run.step = 5
+    run.save()
+    weights = tmp_path / "checkpoints" / "step-00000005" / "optimizer.safetensors"
+    weights.write_bytes(b"x" * weights.stat().st_size)
+    run.step = 4
+    run.save()
+    found, _ = latest_checkpoint(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.step == 4
+
+
 def test_nothing_non_finite_is_ever_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path, recipe=recipe(steps=2, losses={"balance": 0.1, "z": 0.1}))
     with torch.no_grad():

@@ -27,8 +27,8 @@ class Config(BaseConfig):
     """Settings.
 
     Attributes:
-        layers: which mixtures: all, first:N, last:N, every:N or a list. segments: m.
-        weights: whether the chosen weights of a token share a sum, see the top of the file.
+        layers: which mixtures: all, first:N, last:N, every:N or a list. segments: m, slices of every expert.
+        weights: whether the chosen weights of a token share a sum (softmax, renormalised) or stand each for itself.
     """
 
     layers: Layers = "all"

@@ -46,7 +46,10 @@ class Config(BaseConfig):
     Attributes:
         layers: which dense layers: all, first:N, last:N, every:N or a list.
         num_experts: E, slices in all. shared: of these, how many every token uses. top_k: routed choices a token.
-        partition, weights: see the top of the file. router: a router method. losses: name -> loss method.
+        partition: which inner units go together: neighbours, drawn at random, or clusters of equal size of the units'
+            weights or of their activations on calibration data.
+        weights: what the router's weights of a token come to: their sum is 1, or each of them is.
+        router: a router method. losses: name -> loss method.
         router_rows: how the router starts; None means zero if all slices are on, else drawn.
     """
 

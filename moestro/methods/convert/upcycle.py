@@ -27,7 +27,8 @@ class Config(BaseConfig):
 
     Attributes:
         layers: which dense layers: all, first:N, last:N, every:N or a list.
-        num_experts: E. top_k: choices a token. router: a router method; losses: name -> loss method.
+        num_experts: E, copies in each new mixture. top_k: choices a token.
+        router: a router method. losses: name -> loss method.
         noise: standard deviation of the noise, relative to each matrix's. redraw: r, share of inner units drawn anew.
         shared: a, the part of the output that a copy for every token carries; 0 makes no such copy.
     """

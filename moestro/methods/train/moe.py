@@ -116,8 +116,13 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The layer for a feed-forward site of width ``site.dim``.
 
     Raises:
-        ConfigError: settings that are open and that the site does not tell, or that contradict each other.
+        ConfigError: a site that calls for something else than hidden states in and out, settings that are open and that
+            the site does not tell, or that contradict each other.
     """
+    if site.kind not in ("mlp", "linear"):
+        raise ConfigError(
+            f"{site.path}: a mixture of feed-forwards cannot stand at a site of kind {site.kind}; use mlp"
+        )
     form = _form(site, config)
     bank = StackedFFN(config.num_experts, site.dim, out=site.out, **form)
     router = _router(site, config, shared)

@@ -34,7 +34,7 @@ def family(config: Any) -> FamilySpec:
         FamilyError: no file here claims the model type.
     """
     model_type = config if isinstance(config, str) else Get(config)("model_type", default=None)
-    spec = families().get(model_type or "")
+    spec = families().get(model_type) if isinstance(model_type, str) else None
     if spec is None:
         known = ", ".join(sorted(families()))
         raise FamilyError(f"model_type {model_type!r} is not a family Moestro knows; it knows {known}")
