@@ -7,14 +7,16 @@ tokens, and the gradients of a rank's experts already hold what the tokens of al
 replicated parameters are summed over ranks as under data parallelism.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from moestro.core.bank import StackedFFN
 from moestro.core.dispatch import Dispatcher
@@ -56,6 +58,20 @@ class _Journey:
     sent_W: list[int]
     received_W: list[int]
     num_tokens: int
+
+
+class _OnBackward(torch.autograd.Function):
+    """The same tensor; ``tell`` is called when its gradient arrives."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, tell: Callable[[], None]) -> Tensor:
+        ctx.tell = tell
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.tell()
+        return gradient, None
 
 
 class AllToAll(Dispatcher):
@@ -136,14 +152,18 @@ class AllToAll(Dispatcher):
     def _exchange(self, data: Tensor, sent_W: Sequence[int], received_W: Sequence[int], kind: str = "orders") -> Tensor:
         """The collective, with gradient; counts what leaves this rank."""
         data = data.contiguous()
-        out = data.new_empty(sum(received_W), *data.shape[1:])
-        got: Tensor = all_to_all_single(out, data, list(received_W), list(sent_W), group=self.group)
-        nbytes = data[:1].numel() * data.element_size() if len(data) else out[:1].numel() * out.element_size()
+        splits = list(received_W), list(sent_W)
+        if data.is_floating_point():
+            got: Tensor = all_to_all_single_autograd(data, *splits, self.group or dist.group.WORLD)
+            got = got.view_as(got)  # waits for the collective
+        else:
+            got = data.new_empty(sum(received_W), *data.shape[1:])
+            dist.all_to_all_single(got, data, *splits, group=self.group)
+        nbytes = prod(data.shape[1:]) * data.element_size()
         self._add(kind, nbytes * self._leaving(sent_W))
         if got.requires_grad:
             later = "orders" if kind == "orders" else "gradients"
-            backward = nbytes * self._leaving(received_W)
-            got.register_hook(lambda gradient: self._add(later, backward))
+            got = _OnBackward.apply(got, partial(self._add, later, nbytes * self._leaving(received_W)))
         return got
 
     def _leaving(self, split_W: Sequence[int]) -> int:
