@@ -131,12 +131,13 @@ def values_of(subject: "Method", flags: dict[str, Any], file: Path | None) -> di
     """
     import yaml
 
+    from moestro.core.datafiles import parse_yaml
     from moestro.core.errors import ConfigError
 
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            values = parse_yaml(file.read_text(encoding="utf-8")) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--config {file}: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):

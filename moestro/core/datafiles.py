@@ -1,4 +1,4 @@
-"""Reading the YAML tables that ship inside the package."""
+"""Reading YAML: the tables that ship inside the package, and what users write."""
 
 from collections.abc import Mapping, Set
 from importlib import resources
@@ -7,6 +7,28 @@ from typing import Any
 import yaml
 
 from moestro.core.errors import ConfigError
+
+
+class _OnceOnly(yaml.SafeLoader):
+    """A key given twice is an error, not a value that quietly wins."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that YAML text stands for; plain types only.
+
+    Raises:
+        yaml.YAMLError: not YAML, or a mapping with one key twice.
+    """
+    return yaml.load(text, _OnceOnly)
 
 
 def read_yaml(package: str, name: str) -> Any:
@@ -24,7 +46,7 @@ def read_yaml(package: str, name: str) -> Any:
     except FileNotFoundError:
         raise ConfigError(f"{package}/{name}: the file is missing from this installation") from None
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{package}/{name}: not valid YAML: {reason}") from None

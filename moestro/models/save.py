@@ -78,11 +78,12 @@ def save_into(model: Any, folder: str | Path, *, state_dict: Mapping[str, Tensor
     beside = folder / ".moestro-save"
     with atomic_folder(beside, overwrite=True) as temporary:
         _write(model, temporary, tensors, {})
-    for stale in folder.glob("model*.safetensors*"):
-        stale.unlink()
     files = sorted(beside.iterdir(), key=lambda file: file.name == "config.json")
     for file in files:
         file.replace(folder / file.name)
+    # Last, so that at no moment there are no weights at all.
+    for stale in {file.name for file in folder.glob("model*.safetensors*")} - {file.name for file in files}:
+        (folder / stale).unlink()
     beside.rmdir()
     return folder
 

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from moestro.core.config import Config
+from moestro.core.datafiles import parse_yaml
 from moestro.core.errors import ConfigError
 from moestro.core.site import SiteKind
 from moestro.data.dataset import DataConfig, SourceConfig
@@ -290,7 +291,7 @@ def load_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = parse_yaml(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the recipe ({error.strerror})") from None
     except UnicodeDecodeError:

@@ -80,6 +80,16 @@ def test_reading_files(tmp_path: Path) -> None:
         load_recipe(tmp_path / "none.yaml")
 
 
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("name: x\nsteps: 5\noptimizer: {lr: 0.1}\nsteps: 7\n")
+    with pytest.raises(ConfigError, match=r"r\.yaml, line 4: not YAML \(key 'steps' twice\)"):
+        load_recipe(path)
+    path.write_text("optimizer: {lr: 0.1, lr: 0.2}\n")
+    with pytest.raises(ConfigError, match="key 'lr' twice"):
+        load_recipe(path)
+
+
 def test_tokens_are_rounded_up_to_steps() -> None:
     found = Recipe.parse(
         {**BASE, "steps": None, "tokens": 1000, "batch_size": 4, "data": {"source": "x", "sequence_length": 64}}
