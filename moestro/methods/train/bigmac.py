@@ -9,7 +9,8 @@ W_down [r h, h] and W_up [h, r h] are shared by all experts of the layer and hav
 E_i: r h -> inner -> r h with inner = h, as many weights as the fine-grained expert h -> r h -> h; for a gated expert,
 which has three matrices, inner = 2 h / 3. The router reads x at full width (``router_input="full"``). Weights are
 applied and experts summed in the narrow space, in float32. With `moestro.training.expert_parallel` a row is r h wide on
-the wire; expert weights moved between memories are as large as before.
+the wire; expert weights moved between memories are as large as before. The projections start at standard deviation
+1 / sqrt(inputs), which keeps the scale of rows and is the usual 0.02 at the paper's width.
 
 Source: BigMac (2502.16927, section 3: DCCA). Not in the paper: gated experts, the router on x', shared experts.
 """
@@ -134,7 +135,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     up = nn.Linear(narrow, site.dim, bias=False)
     for projection in (down, up):
         if not projection.weight.is_meta:
-            nn.init.normal_(projection.weight, std=0.02)
+            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
     reads = narrow if config.router_input == "down" else site.dim
     sees = replace(site, dim=reads)
     router = router_by_id(config.router, sees, shared, num_experts=config.num_experts, top_k=config.top_k)
