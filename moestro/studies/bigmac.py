@@ -42,7 +42,9 @@ def layer(arm: str, width: int, *, path: str = "mlp", top_k: int = TOP_K) -> MoE
     if arm.startswith("bigmac"):
         use = method("train.bigmac")
         reads = "down" if arm == "bigmac_narrow_router" else "full"
-        values = {**shape, "down_ratio": RATIO, "router": router, "router_input": reads, "top_k": top_k}
+        half = arm == "bigmac_half"  # twice the interface, half the inner width: the same parameters of an expert
+        values = {**shape, "router": router, "router_input": reads, "top_k": top_k}
+        values |= {"down_ratio": 2 * RATIO, "expert_size": width // 2} if half else {"down_ratio": RATIO}
     else:
         use = method("train.moe")
         router["config"] = {"renormalise": False, "top_k": top_k}
@@ -184,7 +186,8 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
         return measure_traffic(seed, budget)
     data = text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
     model = build(size, arm, seed)
-    train(model, data.train, size, seed, losses=AUX)
+    steps = size.steps * (2 if arm.endswith("_long") else 1)
+    train(model, data.train, size, seed, steps=steps, losses=AUX)
     return {"heldout_loss": heldout(model, data.heldout, size)}
 
 
@@ -222,6 +225,10 @@ STUDY = Study(
             claimed="better on 4, worse on 3 of 8 tasks; WikiText2 perplexity 17.9 against 17.4 at equal time",
             metric="heldout_loss",
             judge=NotWorse(method="bigmac", control="fine_grained", tolerance=0.01, relative=True),
+            tells=(
+                "narrow {bigmac} against fine-grained {fine_grained}; with an interface twice as wide and experts of the "
+                "same size {bigmac_half}; after twice the steps narrow {bigmac_long}, fine-grained {fine_grained_long}."
+            ),
         ),
         Claim(
             key="equal_bytes",
@@ -230,6 +237,10 @@ STUDY = Study(
             claimed="not measured in the paper",
             metric="heldout_loss",
             judge=Beats(method="bigmac", control="fine_grained_equal_bytes"),
+            tells=(
+                "one full-width expert a token {fine_grained_equal_bytes}, four {fine_grained}; the narrow layer {bigmac}, "
+                "with an interface twice as wide {bigmac_half}; after twice the steps narrow {bigmac_long}."
+            ),
         ),
         Claim(
             key="bytes",
@@ -263,6 +274,9 @@ STUDY = Study(
         Arm(name="bigmac_narrow_router", text="the same, the router reads the narrow input", role="reference"),
         Arm(name="fine_grained", text="experts 128 to 32 to 128 at full width", role="control"),
         Arm(name="fine_grained_equal_bytes", text="the same with 1 expert active instead of 4", role="control"),
+        Arm(name="bigmac_half", text="down to a half, experts 64 to 64 to 64", role="reference"),
+        Arm(name="bigmac_long", text="the narrow layer, twice the steps", role="reference"),
+        Arm(name="fine_grained_long", text="the fine-grained layer, twice the steps", role="reference"),
         Arm(name="traffic", text="both layers on two processes, experts shared out", role="reference"),
     ),
     run=run,
