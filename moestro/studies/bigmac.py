@@ -226,8 +226,9 @@ STUDY = Study(
             metric="heldout_loss",
             judge=NotWorse(method="bigmac", control="fine_grained", tolerance=0.01, relative=True),
             tells=(
-                "narrow {bigmac} against fine-grained {fine_grained}; with an interface twice as wide and experts of the "
-                "same size {bigmac_half}; after twice the steps narrow {bigmac_long}, fine-grained {fine_grained_long}."
+                "narrow {bigmac} against fine-grained {fine_grained}; with an interface twice as wide and experts of "
+                "the same size {bigmac_half}; after twice the steps narrow {bigmac_long}, fine-grained "
+                "{fine_grained_long}."
             ),
         ),
         Claim(
@@ -238,8 +239,8 @@ STUDY = Study(
             metric="heldout_loss",
             judge=Beats(method="bigmac", control="fine_grained_equal_bytes"),
             tells=(
-                "one full-width expert a token {fine_grained_equal_bytes}, four {fine_grained}; the narrow layer {bigmac}, "
-                "with an interface twice as wide {bigmac_half}; after twice the steps narrow {bigmac_long}."
+                "one full-width expert a token {fine_grained_equal_bytes}, four {fine_grained}; narrow {bigmac}, with "
+                "an interface twice as wide {bigmac_half}; after twice the steps narrow {bigmac_long}."
             ),
         ),
         Claim(
