@@ -121,6 +121,12 @@ def interval(values: Sequence[float] | np.ndarray, confidence: float = CONFIDENC
     return float(sample.mean() - half), float(sample.mean() + half)
 
 
+def _difference(measured: Measured, method: str, control: str, metric: str, relative: bool) -> np.ndarray:
+    """method - control, seed by seed; of |control| when ``relative``."""
+    ours, theirs = measured.paired(method, control, metric)
+    return (ours - theirs) / np.maximum(np.abs(theirs), np.finfo(float).tiny) if relative else ours - theirs
+
+
 @dataclass(frozen=True, kw_only=True)
 class Beats:
     """`method` is better than `control` by at least `by`, seed by seed.
@@ -146,10 +152,8 @@ class Beats:
         return f"{self.method} {self.better} than {self.control} by at least {unit}, 95 % interval above zero"
 
     def __call__(self, measured: Measured, metric: str) -> Judgement:
-        ours, control = measured.paired(self.method, self.control, metric)
-        effect = (control - ours) if self.better == "lower" else (ours - control)
-        if self.relative:
-            effect = effect / np.maximum(np.abs(control), np.finfo(float).tiny)
+        effect = _difference(measured, self.method, self.control, metric, self.relative)
+        effect = -effect if self.better == "lower" else effect
         mean, between = float(effect.mean()), interval(effect)
         if mean > 0 and mean >= self.by and between is not None and between[0] > 0:
             verdict: Verdict = "shown"
@@ -181,10 +185,7 @@ class Matches:
         return f"{self.method} within {self.tolerance:.3g}{unit} of {self.other}, with its whole 95 % interval"
 
     def __call__(self, measured: Measured, metric: str) -> Judgement:
-        ours, other = measured.paired(self.method, self.other, metric)
-        gap = ours - other
-        if self.relative:
-            gap = gap / np.maximum(np.abs(other), np.finfo(float).tiny)
+        gap = _difference(measured, self.method, self.other, metric, self.relative)
         mean, between = float(gap.mean()), interval(gap)
         if between is not None and max(abs(between[0]), abs(between[1])) <= self.tolerance:
             verdict: Verdict = "shown"
@@ -217,10 +218,8 @@ class NotWorse:
         return f"{self.method} at most {unit} worse than {self.control} ({self.better} is better), whole 95 % interval"
 
     def __call__(self, measured: Measured, metric: str) -> Judgement:
-        ours, control = measured.paired(self.method, self.control, metric)
-        worse = (ours - control) if self.better == "lower" else (control - ours)
-        if self.relative:
-            worse = worse / np.maximum(np.abs(control), np.finfo(float).tiny)
+        worse = _difference(measured, self.method, self.control, metric, self.relative)
+        worse = worse if self.better == "lower" else -worse
         mean, between = float(worse.mean()), interval(worse)
         if between is not None and between[1] <= self.tolerance:
             verdict: Verdict = "shown"
