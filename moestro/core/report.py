@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from moestro.core.config import Config
 from moestro.core.errors import ConfigError, DataError
@@ -37,6 +37,8 @@ class Report(Config):
         numbers: name -> finite number; a thing that could not be measured is left out.
         tables: name -> table. notes: whatever else a reader needs, JSON values.
     """
+
+    model_config = ConfigDict(allow_inf_nan=True)  # so that ``_finite`` says what to do about it
 
     schema_version: Literal[1] = 1
     method: str
