@@ -146,10 +146,15 @@ def points(
     x_name: str,
     y_name: str,
     title: str = "",
+    first: int = 0,
 ) -> None:
-    """A scatter of several groups, each with its own colour and mark: name -> (x [n], y [n])."""
+    """A scatter of several groups, each with its own colour and mark: name -> (x [n], y [n]).
+
+    Args:
+        first: how many colours the panel has used already.
+    """
     with style():
-        for place, (name, (x, y)) in enumerate(groups.items()):
+        for place, (name, (x, y)) in enumerate(groups.items(), first):
             if len(x) != len(y):
                 raise DataError(f"group {name!r}: {len(x)} values of x and {len(y)} of y; need the same")
             colour, mark = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
@@ -158,7 +163,7 @@ def points(
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_title(title)
-        if len(groups) > 1:
+        if first + len(groups) > 1:
             axes.legend(loc="best")
 
 

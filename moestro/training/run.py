@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from moestro.core.errors import ConfigError, SaveError, TrainError
+from moestro.core.files import write_text
 from moestro.data.dataset import Dataset, build_dataset, load_tokenizer
 from moestro.training.build import (
     build_model,
@@ -23,7 +25,7 @@ from moestro.training.build import (
     reference_tokenizer,
 )
 from moestro.training.checkpoint import Saved, latest_checkpoint
-from moestro.training.log import Log
+from moestro.training.log import RUN, Log
 from moestro.training.loop import Trainer, TrainResult
 from moestro.training.objectives import Objective, make_objective
 from moestro.training.parallel import Ranks, gathered_weights, own_class, ranks
@@ -69,11 +71,22 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, fresh: bool = False, 
         if group.main and not silent:
             for line in (*notes, *more):
                 Log.announce(line)
+        if group.main:
+            describe(trainer)
         result = trainer.run(silent=silent)
+        if group.main and any(phase.on_enter for phase in trainer.recipe.phases):
+            describe(trainer)  # a plan may have changed the model's size
         if result.stopped_by is None:
             save_final(trainer, tokenizer)
         group.barrier()
         return result
+
+
+def describe(trainer: Trainer) -> Path:
+    """Write ``out/run.json``: the recipe, and the size of the model as it is now."""
+    facts = {"schema": 1, "recipe": trainer.recipe.model_dump(mode="json"), "size": trainer.size().json()}
+    trainer.out.mkdir(parents=True, exist_ok=True)
+    return write_text(trainer.out / RUN, json.dumps(facts, indent=1) + "\n")
 
 
 def prepare(
