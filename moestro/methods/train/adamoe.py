@@ -95,6 +95,20 @@ def null_mass(routing: Routing) -> Tensor:
     return empty_T.index_add(0, routing.token_N[null_N], routing.weight_N[null_N])
 
 
+def keep(routing: Routing, kept_TK: Tensor, weight_TK: Tensor) -> Routing:
+    """A top-k routing without nulls thinned out to the choices in ``kept_TK``, bool, under new weights."""
+    kept_N = kept_TK.reshape(-1)
+    return Routing(
+        routing.token_N[kept_N],
+        routing.expert_N[kept_N],
+        weight_TK.reshape(-1)[kept_N],
+        routing.num_tokens,
+        routing.num_experts,
+        scores=routing.scores,
+        causal=routing.causal,
+    )
+
+
 class NullTopK(LinearRouter):
     """The router. Gates are logits, -inf for nulls that take no part in the weights."""
 
@@ -184,16 +198,7 @@ class RandomDepth(Edit):
         more_T1 = torch.rand(routing.num_tokens, 1, device=gate_TK.device) < mean - few
         weight_TK = torch.where(more_T1, _best(router, gate_TK, many), _best(router, gate_TK, few))
         kept_TK = torch.arange(top_k, device=gate_TK.device) < torch.where(more_T1, many, few)
-        kept_N = kept_TK.reshape(-1)
-        return Routing(
-            routing.token_N[kept_N],
-            routing.expert_N[kept_N],
-            weight_TK.reshape(-1)[kept_N],
-            routing.num_tokens,
-            routing.num_experts,
-            scores=scores,
-            causal=routing.causal,
-        )
+        return keep(routing, kept_TK, weight_TK)
 
 
 def _best(router: Router, gate_TK: Tensor, count: int) -> Tensor:
