@@ -20,6 +20,7 @@ token: where those are as many as before, it is what it was if its weights were 
 Source: AdaMoE (2406.13233: null experts, the softmax over true experts only, router rows for Mixtral).
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -239,20 +240,14 @@ def _inherit(router: NullTopK, site: Site, old: Router) -> None:
             mine[: len(rows)].copy_(rows)
 
 
-def _with_identity(site: Site, router: NullTopK) -> MoELayer:
-    """The mixture at the site under the new router, nulls giving their input."""
-    there = site.module
-    if not isinstance(there, MoELayer):
-        raise ConfigError(f'{site.path}: nulls="identity" need a mixture there; swap train.moe in first')
-    if site.out not in (None, site.dim):
-        raise ConfigError(f"{site.path} makes {site.out} values of {site.dim}; an identity cannot be added to them")
-    inner = there.combine.inner if isinstance(there.combine, WithIdentity) else there.combine
+def _mixture(there: MoELayer, router: Router, combine: Combine) -> MoELayer:
+    """The mixture with another router and combine."""
     layer = MoELayer(
         router,
         there.bank,
         site=there.site,
         shared=there.shared,
-        combine=WithIdentity(inner),
+        combine=combine,
         pre=there.pre,
         post=there.post,
         noise=there.noise,
@@ -263,19 +258,26 @@ def _with_identity(site: Site, router: NullTopK) -> MoELayer:
 
 
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:
-    """The router of a mixture whose input is as wide as the site's; with identity nulls the mixture itself.
+    """The router of a mixture whose input is as wide as the site's; the mixture itself when identity nulls come or go.
 
     Raises:
         ConfigError: rows of the mixture at the site that cannot be taken over or tiled; no mixture for identity nulls.
     """
-    if config.nulls == "identity":
-        # Made through the registry, so that surgery knows how to make it again.
-        plain = config.model_copy(update={"nulls": "zero"})
-        return _with_identity(site, method("train.adamoe").build(site, plain, shared))
+    there, identity = site.module, config.nulls == "identity"
+    if identity and not isinstance(there, MoELayer):
+        raise ConfigError(f'{site.path}: nulls="identity" need a mixture there; swap train.moe in first')
+    if identity and site.out not in (None, site.dim):
+        raise ConfigError(f"{site.path} makes {site.out} values of {site.dim}; an identity cannot be added to them")
+    if isinstance(there, MoELayer) and isinstance(there.combine, WithIdentity) != identity:
+        old = there.combine
+        combine = old.inner if isinstance(old, WithIdentity) else WithIdentity(old)
+        ready = dataclasses.replace(site, module=_mixture(there, there.router, combine))
+        # Made through the registry, so that surgery knows how to make the router again.
+        return _mixture(there, method("train.adamoe").build(ready, config, shared), combine)
     warn_if_dead(config.top_k, True, "train.adamoe")
     router = NullTopK(site.dim, config)
-    if isinstance(site.module, MoELayer):
-        _inherit(router, site, site.module.router)
+    if isinstance(there, MoELayer):
+        _inherit(router, site, there.router)
     return router
 
 

@@ -12,13 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import moestro
 from moestro import surgery
 from moestro.core.bank import StackedFFN
+from moestro.core.dispatch import LocalDispatcher
 from moestro.core.errors import ConfigError, SaveError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.registry import method
 from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
 from moestro.core.site import Shared, Site
-from moestro.methods.train.adamoe import RandomDepth, real_per_token
+from moestro.methods.train.adamoe import NullTopK, RandomDepth, real_per_token
 from moestro.models.export import export
 from moestro.models.load import adopt
 from moestro.models.swap import swap
@@ -173,14 +174,14 @@ def test_outputs_and_gradients_equal_a_plain_loop() -> None:
     check_against_loop(random_layer(num_experts=4, num_null=3, top_k=4), identity=False)
 
 
-def identity_layer(**config: Any) -> MoELayer:
-    there = random_layer(num_experts=config["num_experts"], num_null=0, top_k=1)
+def identity_layer(there: MoELayer | None = None, out: int = DIM, **config: Any) -> MoELayer:
+    there = there or random_layer(num_experts=config["num_experts"], num_null=0, top_k=1)
     use = method("train.adamoe")
     config = {"nulls": "identity", "normalise": "all", "init": "random", **config}
-    site = Site(path="block.mlp", kind="mlp", module=there, dim=DIM, out=DIM)
+    site = Site(path="block.mlp", kind="mlp", module=there, dim=DIM, out=out)
     made = use.build(site, use.configure(config), Shared())
-    with torch.no_grad():
-        made.router.weight.normal_(std=0.7)
+    if isinstance(made, MoELayer):
+        nn.init.normal_(made.router.weight, std=0.7)
     return made
 
 
@@ -195,6 +196,19 @@ def test_identity_nulls_alone_give_the_input() -> None:
         made.router.weight[:3] = -5.0
     x = torch.rand(4, DIM) + 0.1
     torch.testing.assert_close(made(x[None])[0], x)
+
+
+def test_what_surrounds_the_experts_stays_when_nulls_give_their_input() -> None:
+    router, loss = build("train.softmax_topk", num_experts=4, top_k=2), build("train.null_balance_loss")
+    parts = {name: nn.Linear(DIM, DIM) for name in ("shared", "pre", "post", "noise")}
+    there = layer(router, losses={"balance": loss}, **parts)
+    there.dispatcher = LocalDispatcher()
+    made = identity_layer(there, num_experts=4)
+    again = identity_layer(there=made, num_experts=4)
+    for name in ("bank", "dispatcher", *parts):
+        assert getattr(made, name) is getattr(there, name), name
+    assert made.losses["balance"] is loss
+    assert isinstance(again, NullTopK), "nulls that give their input already need no new mixture"
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -413,6 +427,15 @@ def test_another_k_later_keeps_the_trained_rows() -> None:
         swap(model, "train.adamoe", {"num_experts": 5, "num_null": 10, "top_k": 6})
 
 
+@pytest.mark.parametrize("normalise", ["true", "all"])
+def test_nulls_that_gave_their_input_can_give_nothing_again(normalise: str, tmp_path: Path) -> None:
+    model, plain = nulled(**IDENTITY), nulled(normalise=normalise)
+    swap(model, "train.adamoe", {"num_experts": 5, "num_null": 5, "top_k": 3, "normalise": normalise})
+    assert torch.equal(logits(model), logits(plain))
+    moestro.save(model, tmp_path / "own")
+    assert torch.equal(logits(moestro.load(tmp_path / "own")), logits(plain))
+
+
 def test_random_rows_for_nulls_leave_the_experts_rows() -> None:
     model = adopt(tiny_model("mixtral"))
     rows = layers_of(model)[0].router.weight.clone()
@@ -462,6 +485,8 @@ def test_a_mixture_that_cannot_get_nulls_stays_as_it_is(router: str, config: dic
     assert torch.equal(logits(model), before)
 
 
-def test_identity_nulls_need_a_mixture() -> None:
+def test_identity_nulls_need_a_mixture_as_wide_as_its_input() -> None:
     with pytest.raises(ConfigError, match=r"need a mixture there; swap train.moe in first"):
         swap(adopt(tiny_model("llama")), "train.adamoe", IDENTITY)
+    with pytest.raises(ConfigError, match=f"makes 9 values of {DIM}"):
+        identity_layer(num_experts=4, out=9)

@@ -18,6 +18,8 @@ def test_random_depth_keeps_the_best_and_weighs_them_anew() -> None:
     count_T = torch.bincount(found.token_N, minlength=3000)
     assert set(count_T.tolist()) == {1, 2}
     assert float(count_T.double().mean()) == pytest.approx(1.3, abs=0.03)
+    ahead = RandomDepth(1.3).on_routing("s", whole.replace(causal=False), router, ctx)
+    assert (found.causal, ahead.causal) == (True, False)
     probability = (x @ router.weight.T).softmax(-1)
     start = 0
     for token, count in enumerate(count_T.tolist()[:50]):

@@ -80,6 +80,8 @@ def test_uniform_routing_gives_k_a_unit(scope: str, bucket: str) -> None:
     )
     units = {"sequence": 2, "batch": 1, "global": 12}[scope]
     config = {"scope": scope, "null_bucket": bucket}
+    unit = {"sequence": "sequence", "batch": "batch", "global": "token"}[scope]
+    assert build("train.null_balance_loss", **config).unit == unit
     torch.testing.assert_close(loss(routing, 2, **config) / units, torch.tensor(2.0))
     torch.testing.assert_close(loss(routing, 2, **config, scaling="slots") / units, torch.tensor(1.0))
 
