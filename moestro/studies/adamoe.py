@@ -24,19 +24,7 @@ from moestro.data.dataset import DataConfig, build_dataset
 from moestro.data.tokens import byte_tokenizer
 from moestro.methods.train.adamoe import RandomDepth, keep, real_per_token
 from moestro.models.swap import swap
-from moestro.studies._framework import (
-    BUDGETS,
-    Arm,
-    Beats,
-    Budget,
-    Claim,
-    Judgement,
-    Measured,
-    Study,
-    Verdict,
-    Within,
-    interval,
-)
+from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, NotWorse, Study, Within
 from moestro.studies._language import Scale, Text, batches, llama, train
 from moestro.training.objectives import IGNORE, Batch, Causal
 from moestro.training.objectives import run as logits_of
@@ -49,7 +37,7 @@ from moestro.training.step import Stepper
 EXPERTS, TOP_K, NULLS, CHOICES = 8, 2, 8, 3
 ALPHA = (0.02, 1e-4)  # weight of the balance loss in the first and in the second half of fine-tuning
 LOSS = "null_balance"
-EQUAL_LOAD = ("random_depth", "top_p")
+EQUAL_LOAD = {"random_depth": "adamoe", "top_p": "adamoe", "random_all": "normalise_all"}  # whose load an arm uses
 NULL_ARMS = {"adamoe": {}, "separate": {}, "normalise_all": {"normalise": "all"}}
 
 
@@ -158,7 +146,8 @@ def prepare(arm: str, seed: int, name: str, size: Scale) -> nn.Module:
 def edits_of(arm: str, load: Mapping[str, float]) -> list[Edit]:
     """What makes a top-2 arm use fewer experts: ``load`` by site, or one."""
     load = {site: min(value, TOP_K) for site, value in load.items()}
-    made = {"random_depth": [RandomDepth(load)], "top_p": [TopP(load)], "top1": [RandomDepth(1.0)]}
+    chance: list[Edit] = [RandomDepth(load)]
+    made = {"random_depth": chance, "random_all": chance, "top_p": [TopP(load)], "top1": [RandomDepth(1.0)]}
     return list(made.get(arm, []))
 
 
@@ -166,7 +155,7 @@ def edits_of(arm: str, load: Mapping[str, float]) -> list[Edit]:
 def tuned(arm: str, seed: int, name: str, size: Scale) -> Tuned:
     """Fine-tune an arm; once a process."""
     model = prepare(arm, seed, name, size)
-    edits = edits_of(arm, tuned("adamoe", seed, name, size).load if arm in EQUAL_LOAD else {})
+    edits = edits_of(arm, tuned(EQUAL_LOAD[arm], seed, name, size).load if arm in EQUAL_LOAD else {})
     total = tune_steps(size)
     optimizer = make_optimizer(model, OptimizerConfig(lr=size.lr / 2, weight_decay=0.1))
     stepper = Stepper(model, Causal(), optimizer)
@@ -199,7 +188,7 @@ class Uses(dict[str, list[Tensor]]):
 def measure(arm: str, seed: int, name: str, size: Scale) -> tuple[Tensor, dict[str, Tensor]]:
     """On held-out prose: loss of each target in nats [N], and by site how many experts its token used, int64 [N]."""
     model, data = tuned(arm, seed, name, size).model, prose(size, name)
-    edits = edits_of(arm, loads(measure("adamoe", seed, name, size)[1]) if arm in EQUAL_LOAD else {})
+    edits = edits_of(arm, loads(measure(EQUAL_LOAD[arm], seed, name, size)[1]) if arm in EQUAL_LOAD else {})
     objective, uses, losses, targets = Causal(), Uses(), [], []
     (rows,) = data.heldout.sources.values()
     torch.manual_seed(seed)
@@ -232,37 +221,6 @@ def rank_correlation(one: Tensor, two: Tensor) -> float:
     if len(one.unique()) < 2 or len(two.unique()) < 2:
         return 0.0
     return float(spearmanr(one.numpy(), two.numpy()).statistic)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NotWorse:
-    """`method` is at most ``margin`` above `control`, seed by seed.
-
-    Shown: the 95 % interval of the mean difference lies below the margin. Partly: only the mean does.
-    """
-
-    method: str
-    control: str
-    margin: float
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        return (self.method, self.control)
-
-    @property
-    def rule(self) -> str:
-        return f"{self.method} at most {self.margin:.3g} above {self.control}, with its whole 95 % interval"
-
-    def __call__(self, measured: Measured, metric: str) -> Judgement:
-        ours, control = measured.paired(self.method, self.control, metric)
-        gap = ours - control
-        mean, between = float(gap.mean()), interval(gap)
-        if between is not None and between[1] <= self.margin:
-            verdict: Verdict = "shown"
-        else:
-            verdict = "partly" if mean <= self.margin else "not_shown"
-        note = f"mean difference {mean:.4g} over {gap.size} seeds, at most {self.margin:.4g}"
-        return Judgement(verdict=verdict, measured=mean, interval=between, note=note)
 
 
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
@@ -299,9 +257,9 @@ STUDY = Study(
         "A byte-level Llama model (4 layers of width 128, 8 experts of 256, top-2) is trained for 400 steps of 1024 "
         "bytes on the standard library's source files, then fine-tuned for 240 steps on its prose. The method adds 8 "
         "tiled nulls and takes 3 choices. The balance loss weighs 0.02 in the first half and 0.0001 in the second, in "
-        "all arms. The controls of equal load use, layer by layer, as many experts as the method did in training and "
-        "on the held-out text. The paper fine-tunes Mixtral-8x7B with low-rank adapters on single tasks and measures "
-        "accuracy."
+        "all arms. The controls of equal load use, layer by layer, as many experts as the arm they are held against "
+        "did in training and on the held-out text. The paper fine-tunes Mixtral-8x7B with low-rank adapters on single "
+        "tasks and measures accuracy."
     ),
     claims=(
         Claim(
@@ -311,6 +269,10 @@ STUDY = Study(
             claimed="1.78 of 1.78 experts a token with 5 nulls and 4 choices",
             metric="held",
             judge=Within(arm="adamoe", low=0.85, high=1.15),
+            tells=(
+                "{adamoe} of it, {separate} with nulls balanced one by one, {normalise_all} with weights over all "
+                "chosen; on held-out text, after the weight fell, {adamoe.load} experts a token."
+            ),
         ),
         Claim(
             key="load",
@@ -319,6 +281,11 @@ STUDY = Study(
             claimed="2.00 to 1.66 experts a token",
             metric="load",
             judge=Within(arm="adamoe", high=1.75),
+            tells=(
+                "{adamoe} experts a token, {adamoe.load_least} to {adamoe.load_most} by layer; {adamoe.held} of the "
+                "even load before the weight of the balance loss fell; {separate} with nulls balanced one by one, "
+                "{normalise_all} with weights over all chosen."
+            ),
         ),
         Claim(
             key="no_loss",
@@ -326,7 +293,14 @@ STUDY = Study(
             where="mean of six tasks, 8 nulls, 3 choices",
             claimed="accuracy 84.64 to 85.35",
             metric="heldout_loss",
-            judge=NotWorse(method="adamoe", control="top2", margin=0.01),
+            judge=NotWorse(method="adamoe", control="top2", tolerance=0.01),
+            tells=(
+                "loss {top2} with {top2.load} experts a token, {adamoe} with {adamoe.load}. With one expert for every "
+                "token it is {top1}; with the method's load dealt by chance {random_depth}, by the first expert's "
+                "probability {top_p}. A share of {adamoe.with_one} of the method's tokens, mean over layers, had one "
+                "expert and {adamoe.without_expert} none; their weights in that layer have no gradient. With weights "
+                "over all chosen one expert has one: {normalise_all} with {normalise_all.load} experts."
+            ),
         ),
         Claim(
             key="adaptive",
@@ -335,6 +309,14 @@ STUDY = Study(
             claimed="tokens that need fewer experts use fewer",
             metric="heldout_loss",
             judge=Beats(method="adamoe", control="random_depth"),
+            tells=(
+                "with {adamoe.load} experts a token, loss {adamoe} by the method's choice, {random_depth} by chance, "
+                "{top_p} by the first expert's probability. A share of {adamoe.with_one} of the tokens had one expert "
+                "and {adamoe.without_expert} none; their weights in that layer have no gradient. With weights over all "
+                "chosen, where nulls keep a share and one expert has a gradient, and {normalise_all.load} experts: "
+                "{normalise_all} by choice, {random_all} by chance. Rank correlation of a token's experts and its loss "
+                "under top-2: {adamoe.count_by_difficulty}, over all chosen {normalise_all.count_by_difficulty}."
+            ),
         ),
     ),
     arms=(
@@ -345,6 +327,7 @@ STUDY = Study(
         Arm(name="top1", text="the best expert of every token", role="reference"),
         Arm(name="separate", text="the method with nulls balanced one by one", role="reference"),
         Arm(name="normalise_all", text="the method with weights over all chosen, nulls included", role="reference"),
+        Arm(name="random_all", text="1 or 2 experts a token by chance, normalise_all's load", role="reference"),
     ),
     run=run,
     methods=("train.adamoe", "train.null_balance_loss", "train.softmax_topk", "train.balance_loss", "train.moe"),
