@@ -127,7 +127,10 @@ def _payload(figures: RoutingFigures | None, tokens: TokenView | None, charts: S
         for chooser in (figures.pairs, figures.affinity):
             if chooser is not None:
                 choosers[chooser.name] = chooser.data
-        for chart in (figures.entropy, figures.tag_information, figures.affinity_chart):
+        many = figures.per_token
+        if many is not None:
+            heat[many.counts.name] = many.counts.data()
+        for chart in (many and many.means, figures.entropy, figures.tag_information, figures.affinity_chart):
             if chart is not None:
                 lines[chart.name] = chart.data()
     return {
