@@ -110,7 +110,8 @@ def take_first(order_TC: Tensor, weight_TC: Tensor, count_T: Tensor, like: Routi
     """The routing in which each token uses the first ``count_T`` choices of its order, listed best first.
 
     Args:
-        order_TC, weight_TC: choices and their weights, best first. like: gives the numbers of experts and nulls.
+        order_TC, weight_TC: choices and their weights, best first. like: gives the numbers of experts and nulls, and
+            whether the scores may have read later tokens.
     """
     used_TC = torch.arange(order_TC.shape[1], device=order_TC.device) < count_T[:, None]
     return Routing(
@@ -121,7 +122,14 @@ def take_first(order_TC: Tensor, weight_TC: Tensor, count_T: Tensor, like: Routi
         like.num_experts,
         like.num_null,
         scores,
+        like.causal,
     )
+
+
+def check_bounds(least: int, most: int | None) -> None:
+    """Raise ConfigError unless 1 <= least <= most."""
+    if least < 1 or (most is not None and most < least):
+        raise ConfigError(f"min_experts={least}, max_experts={most}; need 1 <= min <= max")
 
 
 def calibrate_p(
@@ -133,14 +141,20 @@ def calibrate_p(
     hands on other states, so the mean of a whole model moves a little: calibrate again with what the new p shows.
 
     Args:
-        probabilities: router probabilities [T, C] of valid tokens, one tensor a layer or forward.
+        probabilities: router probabilities [T, C] of valid tokens, one tensor a layer or forward; summed in float32.
 
     Raises:
-        ConfigError: no token, or a mean that no p can give.
+        ConfigError: no token, rows that are no probabilities, impossible bounds, or a mean that no p can give.
     """
+    check_bounds(min_experts, max_experts)
     if not sum(len(probability_TC) for probability_TC in probabilities):
         raise ConfigError("calibrate_p: no token was given; collect the routings of some text first")
-    masses = [running_mass(torch.sort(one, dim=-1, descending=True).values) for one in probabilities]
+    for one in probabilities:
+        total_T = one.float().sum(-1)
+        wrong_T = ~((total_T - 1).abs() <= 0.02) | (one < 0).any(-1)  # bfloat16 rows are off by up to a hundredth
+        if wrong_T.any():
+            raise ConfigError(f"calibrate_p: a row sums to {float(total_T[wrong_T][0]):.4g}; give probabilities, >= 0")
+    masses = [running_mass(torch.sort(one.float(), dim=-1, descending=True).values) for one in probabilities]
 
     def mean(p: float) -> float:
         return float(torch.cat([prefix_lengths(mass, p, min_experts, max_experts) for mass in masses]).double().mean())
@@ -175,15 +189,16 @@ class DynamicRouter(LinearRouter):
         """See Router.
 
         Raises:
-            ContextError: the logits of a token that is no padding are not numbers.
+            ContextError: the logits of a token that is no padding are NaN or infinite.
         """
         logits_TC = self.logits(x_TD)
-        lost_T = logits_TC.isnan().any(-1)
+        probability_TC = logits_TC.softmax(-1)
+        lost_T = probability_TC.isnan().any(-1)
         if ctx.tokens is not None:
             lost_T = lost_T & ctx.tokens.valid_T
         if lost_T.any():
-            raise ContextError(f"router logits of token {int(lost_T.nonzero()[0])} are NaN; check weights and inputs")
-        probability_TC = logits_TC.softmax(-1)
+            token = int(lost_T.nonzero()[0])
+            raise ContextError(f"router logits of token {token} are NaN or infinite; check weights and inputs")
         return Scores(logits_TC, probability_TC.detach(), probability_TC, probability_TC)
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
@@ -232,8 +247,7 @@ class TopP(Edit):
     def __init__(self, p: float, *, min_experts: int = 1, max_experts: int | None = None) -> None:
         if not 0 <= p <= 1:
             raise ConfigError(f"p={p:g} must lie between 0 (one expert) and 1 (all experts)")
-        if min_experts < 1 or (max_experts is not None and max_experts < min_experts):
-            raise ConfigError(f"min_experts={min_experts}, max_experts={max_experts}; need 1 <= min <= max")
+        check_bounds(min_experts, max_experts)
         self.p, self.least, self.most = p, min_experts, max_experts
 
     def on_routing(self, site: str, routing: Routing, router: Router, ctx: RoutingContext) -> Routing:

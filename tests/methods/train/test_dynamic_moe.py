@@ -1,4 +1,4 @@
-"""Top-p routing: prefixes by hand and against the released algorithm, calibration, the edit, whole models."""
+"""Top-p routing: prefixes by hand and against the released algorithm, p at run time, whole models."""
 
 import logging
 import math
@@ -14,7 +14,7 @@ from moestro.core.registry import method
 from moestro.core.routing import Routing, Scores
 from moestro.core.session import Session
 from moestro.methods.train import dynamic_moe
-from moestro.methods.train.dynamic_moe import TopP, calibrate_p, prefix_lengths, running_mass
+from moestro.methods.train.dynamic_moe import prefix_lengths, running_mass
 from moestro.models.load import adopt
 from moestro.models.swap import state_of, swap
 from moestro.testing.tiny import tiny_model
@@ -202,8 +202,9 @@ def test_renormalised_weights_sum_to_1_over_the_chosen() -> None:
     assert second == {0: pytest.approx(0.5), 2: pytest.approx(0.5)}
 
 
-def test_gradients_are_those_of_a_plain_loop() -> None:
-    router = spread(build("train.dynamic_moe", num_experts=5, p=0.6))
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_gradients_are_those_of_a_plain_loop(renormalise: bool) -> None:
+    router = spread(build("train.dynamic_moe", num_experts=5, p=0.6, renormalise=renormalise))
     mixture, x = mixture_of(router), inputs(12).requires_grad_()
     mixture(x[None]).square().sum().backward()
     ours = {name: p.grad.clone() for name, p in mixture.named_parameters()} | {"x": x.grad.clone()}
@@ -213,14 +214,14 @@ def test_gradients_are_those_of_a_plain_loop() -> None:
     for token in x:
         probability = (router.weight @ token).softmax(-1)
         known = probability.tolist()
-        y, mass = torch.zeros(DIM), 0.0
+        y, mass, weight = torch.zeros(DIM), 0.0, torch.zeros(())
         for expert in sorted(range(5), key=lambda i: -known[i]):
             if mass > 0.6:
                 break
-            mass += known[expert]
+            mass, weight = mass + known[expert], weight + probability[expert]
             gate, up, down = (mixture.bank.weight(expert, name) for name in ("gate", "up", "down"))
             y = y + probability[expert] * (down @ (nn.functional.silu(gate @ token) * (up @ token)))
-        total = total + y.square().sum()
+        total = total + (y / weight if renormalise else y).square().sum()
     total.backward()
     for name, parameter in [*mixture.named_parameters(), ("x", x)]:
         assert float(parameter.grad.abs().max()) >= 0.1
@@ -269,9 +270,10 @@ def test_a_session_sets_p_and_another_than_trained_is_told_once(caplog) -> None:
 
 def test_nan_logits_are_refused_except_on_padding() -> None:
     router, x = spread(build("train.dynamic_moe", num_experts=4)), inputs(3)
-    x[1] = math.nan
-    with pytest.raises(ContextError, match="token 1 are NaN"):
-        route(router, x, context(1, 3))
+    for lost in (math.nan, math.inf, 1e38):
+        x[1] = lost
+        with pytest.raises(ContextError, match="token 1 are NaN or infinite"):
+            route(router, 100 * x, context(1, 3))
     routing = route(router, x, context(1, 3, valid=[True, False, True]))
     assert bool(routing.weight_N[routing.token_N != 1].isfinite().all())
 
@@ -291,91 +293,6 @@ def test_nan_logits_are_refused_except_on_padding() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         method("train.dynamic_moe").configure(wrong)
-
-
-# -- calibration --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bounds", [{}, {"min_experts": 2, "max_experts": 5}])
-@pytest.mark.parametrize("target", [2.0, 2.7, 4.3])
-def test_calibration_finds_the_largest_p_that_keeps_the_mean(target: float, bounds: dict[str, int]) -> None:
-    draw = torch.Generator().manual_seed(7)
-    layers = [(2 * torch.randn(50, n, generator=draw)).softmax(-1) for n in (8, 8, 11)]
-    p = calibrate_p(layers, target, **bounds)
-
-    def mean(at: float) -> float:
-        router = {n: build("train.dynamic_moe", num_experts=n, p=at, **bounds) for n in (8, 11)}
-        counts = [len(token) for one in layers for token in chosen(router[one.shape[1]].choose(scores_of(one), ctx))]
-        return sum(counts) / len(counts)
-
-    ctx = context(1, 50)
-    assert target - 1 / 150 - 1e-9 <= mean(p) <= target, "150 tokens: p can be set to a 150th of an expert"
-    assert mean(min(p + 1e-6, 1.0)) > target
-
-
-def test_calibration_knows_its_ends() -> None:
-    layers = [(2 * torch.randn(50, 6, generator=torch.Generator().manual_seed(8))).softmax(-1)]
-    assert calibrate_p(layers, 6.0) == 1.0
-    assert len(chosen(pick(layers[0], p=calibrate_p(layers, 1.0)))[0]) == 1
-    for wrong in (0.5, 6.1):
-        with pytest.raises(
-            ConfigError, match=rf"mean_experts={wrong}: these probabilities give 1 \(p=0\) to 6 \(p=1\)"
-        ):
-            calibrate_p(layers, wrong)
-    with pytest.raises(ConfigError, match="no token"):
-        calibrate_p([torch.zeros(0, 6)], 2.0)
-
-
-# -- the edit -----------------------------------------------------------------------------------------------------
-
-
-def edited(router: nn.Module, x: torch.Tensor, edit: TopP) -> tuple[Routing, Routing]:
-    ctx = context(1, len(x))
-    before = route(router, x, ctx)
-    return before, edit.on_routing("s", before, router, ctx)
-
-
-def test_the_edit_on_the_router_itself_changes_nothing() -> None:
-    before, after = edited(spread(build("train.dynamic_moe", num_experts=9, p=0.5)), inputs(), TopP(0.5))
-    assert chosen(after) == chosen(before)
-
-
-@pytest.mark.parametrize("softmax", ["all", "chosen"])
-def test_the_edit_weighs_as_the_router_would(softmax: str) -> None:
-    """Where top-p takes two experts the weights are those of the top-2 router; elsewhere they still sum to 1."""
-    router = spread(build("train.softmax_topk", num_experts=6, top_k=2, softmax=softmax))
-    before, after = edited(router, inputs(), TopP(0.6))
-    lengths = [len(token) for token in chosen(after)]
-    assert set(lengths) >= {1, 2, 3}
-    for was, now, probability in zip(chosen(before), chosen(after), before.scores.probabilities(), strict=True):
-        if len(now) == 2:
-            assert now == pytest.approx(was)
-        assert sum(now.values()) == pytest.approx(1)
-        mass = sorted(probability.tolist(), reverse=True)
-        assert sum(mass[: len(now)]) > 0.6 >= sum(mass[: len(now) - 1])
-
-
-def test_sigmoid_scores_are_read_as_parts_of_their_sum() -> None:
-    router = build("train.sigmoid_bias", num_experts=4, top_k=2, scale=2.0)
-    torch.nn.init.zeros_(router.weight)
-    _, after = edited(router, inputs(2), TopP(0.6))
-    assert chosen(after) == [{0: pytest.approx(2 / 3), 1: pytest.approx(2 / 3), 2: pytest.approx(2 / 3)}] * 2
-
-
-def test_the_edit_says_that_it_saves_nothing_and_refuses_what_it_cannot_do(caplog) -> None:
-    dynamic_moe._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="moestro"):
-        edited(build("train.softmax_topk", num_experts=4), inputs(3), TopP(0.4))
-    assert "SoftmaxTopK was not trained for top-p" in caplog.text
-    with pytest.raises(ContextError, match="drops tokens by capacity"):
-        edited(build("train.switch", num_experts=4, capacity=1), inputs(3), TopP(0.4))
-    router = build("train.softmax_topk", num_experts=4)
-    bare = route(router, inputs(3), context(1, 3)).replace(scores=None)
-    with pytest.raises(ContextError, match="needs a score"):
-        TopP(0.4).on_routing("s", bare, router, context(1, 3))
-    for wrong in ({"p": 1.2}, {"p": 0.4, "min_experts": 0}, {"p": 0.4, "min_experts": 3, "max_experts": 2}):
-        with pytest.raises(ConfigError):
-            TopP(**wrong)
 
 
 # -- whole models -------------------------------------------------------------------------------------------------
@@ -475,6 +392,31 @@ def test_a_checkpointed_backward_is_the_plain_one() -> None:
     assert float(plain["model.layers.1.mlp.router.weight"].abs().max()) > 0
     for name, grad in plain.items():
         torch.testing.assert_close(replay[name], grad, atol=0, rtol=0, msg=name)
+
+
+def test_training_brings_the_number_of_experts_down() -> None:
+    """From floor(0.4 * 6) + 1 = 3 experts a token; the entropy loss brings it lower than the model's loss alone does."""
+    ids, ends = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(12)), {}
+    for entropy in (0.0, 1.0):
+        model, course = whole(0.4).train(), []
+        nn.init.normal_(model.model.layers[1].mlp.router.weight, std=1e-3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(30):
+            with moestro.session(collect=True) as opened:
+                loss = model(ids, labels=ids).loss
+            (ctx,) = opened.take()
+            (routing,) = ctx.routings.values()
+            counts = torch.bincount(routing.token_N, minlength=routing.num_tokens)
+            assert 1 <= int(counts.min()) <= int(counts.max()) <= 6
+            course.append(float(counts.double().mean()))
+            terms = {name: term.total / routing.num_tokens for (_, name), term in ctx.losses.items()}
+            (loss + 0.01 * terms["balance"] + entropy * terms["entropy"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert course[0] == pytest.approx(3, abs=0.05)
+        ends[entropy] = course[-1]
+    assert ends[0.0] <= 0.75 * 3
+    assert ends[1.0] <= ends[0.0] - 0.2
 
 
 def test_the_compiled_base_model_computes_the_same() -> None:
