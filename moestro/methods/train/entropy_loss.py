@@ -61,6 +61,6 @@ CARD = MethodCard(
     arxiv="2403.07652",
     paper="dynamic-moe",
     summary="Entropy of each token's router probabilities, mean over tokens: few experts under top-p.",
-    taxonomy="inference/model/algorithm/dynamic-gating",
+    taxonomy="losses/entropy",
     deviations=("the loop adds the losses of layers up where the paper takes their mean",),
 )
