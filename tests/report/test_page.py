@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -411,6 +412,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "deep.json").write_text('{"a":' * 600 + "1" + "}" * 600)
+    deep = json.loads("[" * 600 + "]" * 600)
     for error, message, given in (
         (ConfigError, "nothing to report", {}),
         (DataError, "not a JSON file", {"receipt": tmp_path / "bad.json"}),
@@ -419,6 +423,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
         (DataError, "no line in it", {"metrics": tmp_path / "empty.jsonl"}),
         (DataError, "No such file", {"metrics": tmp_path / "none.jsonl"}),
         (DataError, "expected a list of objects", {"comparisons": [1, 2]}),
+        (DataError, "expected a list of objects", {"comparisons": {"rows": 3}}),
+        (DataError, "expected a list of objects", {"comparisons": {"rows": {"a": 1}}}),
+        (DataError, "expected a list of objects", {"comparisons": 3}),
+        (DataError, '"better" maps columns', {"comparisons": {"rows": [{"a": 1}], "better": 5}}),
+        (DataError, '"better" maps columns', {"comparisons": {"rows": [{"a": 1}], "better": {"a": "up"}}}),
+        (DataError, "receipt: expected an object", {"receipt": tmp_path / "list.json"}),
+        (DataError, "receipt: nested more than 32 levels", {"receipt": tmp_path / "deep.json"}),
+        (DataError, "comparisons: nested more than 32 levels", {"comparisons": [{"a": deep}]}),
+        (DataError, "samples: nested more than 32 levels", {"samples": [{"text": deep}]}),
         (TraceError, "no such trace", {"trace": tmp_path / "none.trace"}),
     ):
         with pytest.raises(error, match=message) as caught:
@@ -428,6 +441,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="the report was not written"):
         report.write(tmp_path / "file" / "x.html", title="x", receipt={"a": 1})
+
+
+def test_facts_as_deep_as_allowed_are_shown(tmp_path):
+    facts = json.loads('{"a":' * 32 + '"the end"' + "}" * 32)
+    assert "the end" in report.write(tmp_path / "x.html", title="x", receipt=facts).read_text(encoding="utf-8")
+    with pytest.raises(DataError, match="nested more than 32 levels"):
+        report.write(tmp_path / "x.html", title="x", receipt={"a": facts})
+
+
+def test_a_page_does_not_take_the_place_of_a_pipe_or_a_folder(tmp_path):
+    """It is renamed into place: what stands there must be a page, or a link to one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(ConfigError, match=f"{name}: exists and is not a file"):
+            report.write(tmp_path / name, title="x", receipt={"a": 1})
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "link", "pipe"]
 
 
 def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):
