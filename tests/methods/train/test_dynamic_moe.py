@@ -395,7 +395,7 @@ def test_a_checkpointed_backward_is_the_plain_one() -> None:
 
 
 def test_training_brings_the_number_of_experts_down() -> None:
-    """From floor(0.4 * 6) + 1 = 3 experts a token; the entropy loss brings it lower than the model's loss alone does."""
+    """From floor(0.4 * 6) + 1 = 3 experts a token; the entropy loss brings it lower than the model's loss does."""
     ids, ends = torch.randint(3, 97, (8, 12), generator=torch.Generator().manual_seed(12)), {}
     for entropy in (0.0, 1.0):
         model, course = whole(0.4).train(), []
