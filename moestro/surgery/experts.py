@@ -104,8 +104,8 @@ def _altered(
         gone = torch.rand(tensor.shape, generator=draw("mask", name)) < source.mask
         tensor = tensor.masked_fill(gone.to(tensor.device), 0.0)
     if source.cut and name == "down":
-        units = torch.randperm(tensor.shape[1], generator=draw("cut"))[: int(source.cut * tensor.shape[1])]
-        tensor = tensor.index_fill(1, units.to(tensor.device), 0.0)
+        silent = torch.randperm(tensor.shape[1], generator=draw("cut"))[: int(source.cut * tensor.shape[1])]
+        tensor = tensor.index_fill(1, silent.to(tensor.device), 0.0)
     if source.noise and matrix:
         exact = _exact(tensor)
         normal = torch.randn(tensor.shape, generator=draw("noise", name), dtype=exact.dtype).to(tensor.device)

@@ -8,8 +8,8 @@ i of a matrix W is, with rate q and draws that depend on the layer, the copy and
     spawn="neuron":  floor(q I) inner units are cut off: their column of the down projection is 0
 
 Every weight stays trainable, those that start at 0 too; a cut unit keeps its rows of gate and up, or no gradient would
-ever reach it again. As the plan of a phase (``on_enter``) the copies take the optimiser's moments of their parent along,
-zero where their weights are; the router starts anew, without moments.
+ever reach it again. As the plan of a phase (``on_enter``) each copy takes its parent's moments along, zero where its
+weights are; the router starts anew, without moments.
 
 Source: EvoMoE (2112.14397), its section on the expert-diversify phase.
 """

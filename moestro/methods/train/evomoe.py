@@ -33,7 +33,7 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext
 from moestro.core.errors import ConfigError, ContextError
-from moestro.core.router import LinearRouter, choose_topk, topk_indices
+from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
 
@@ -84,7 +84,7 @@ def gumbel_like(logits_TC: Tensor) -> Tensor:
 
 def active_experts(gate_TC: Tensor, threshold: float) -> Tensor:
     """Which experts a token runs, bool [T, C]: gates above the threshold, and the best one even when none is."""
-    best_TK = topk_indices(gate_TC, 1)
+    best_TK = choose_topk(gate_TC, 1)
     return (gate_TC > threshold).scatter(1, best_TK, True)
 
 
