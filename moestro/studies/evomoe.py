@@ -21,7 +21,7 @@ from moestro.core.context import RoutingContext
 from moestro.core.layer import mixture_layers
 from moestro.core.registry import method
 from moestro.core.router import Router, topk_indices
-from moestro.core.routing import Routing
+from moestro.core.routing import Routing, Scores
 from moestro.core.session import Edit, session
 from moestro.data.dataset import Dataset
 from moestro.methods.planning import make_plan
@@ -46,33 +46,11 @@ ACTIVE_BALANCE = {"balance": {"method": "train.dts_balance_loss"}}
 BALANCE = {"balance": {"method": "train.balance_loss"}}
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What an arm is made of: router, losses, from which share on it is a mixture, and whether its experts are copies.
-
-    ``widen``: a fixed number of experts a token that falls from all to one. ``frozen``: a router that never learns.
-    """
-
-    router: Mapping[str, Any]
-    losses: Mapping[str, Any] = field(default_factory=lambda: BALANCE)
-    spawn: float = 0.0
-    top_k: int = 1
-    widen: bool = False
-    frozen: bool = False
-
-
-SOFTMAX = {"method": "train.softmax_topk", "config": {"renormalise": False}}
-SETUPS = {
-    "evomoe": Setup(GATE, ACTIVE_BALANCE, spawn=SPAWN),
-    "dts": Setup(GATE, ACTIVE_BALANCE),
-    "warm": Setup(SWITCH, spawn=SPAWN),
-    "switch": Setup(SWITCH),
-    "switch_steps": Setup(SWITCH),
-    "top2": Setup(SOFTMAX, top_k=2),
-    "anneal": Setup(SOFTMAX, widen=True),
-    "hash": Setup({"method": "train.hash_router", "config": {}}, losses={}),
-    "fixed": Setup(SWITCH, frozen=True),
-}
+def tau_at(progress: float) -> float:
+    """The gate's temperature."""
+    gate = method("train.evomoe")
+    tau: float = gate.module.temperature(progress, gate.configure(GATE["config"]))
+    return tau
 
 
 class Widen(Edit):
@@ -87,18 +65,53 @@ class Widen(Edit):
         return Routing.from_topk(expert_TK, weight_TK, num_experts=routing.num_experts, scores=scores)
 
 
+class Quiet(Edit):
+    """The dense-to-sparse gate without noise."""
+
+    def on_scores(self, site: str, scores: Scores, ctx: RoutingContext) -> Scores:
+        """See Edit."""
+        sharp_TC = (scores.logits_TC / tau_at(ctx.value("dts_progress", 1.0))).softmax(-1)
+        return scores.replace(select_TC=sharp_TC.detach())
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an arm is made of.
+
+    ``spawn``: the share of the budget after which it is a mixture of copies; at 0 it is one of random experts from the
+    start. ``edit`` changes what the router says. ``frozen``: a router that never learns.
+    """
+
+    router: Mapping[str, Any]
+    losses: Mapping[str, Any] = field(default_factory=lambda: BALANCE)
+    spawn: float = 0.0
+    top_k: int = 1
+    edit: Edit | None = None
+    frozen: bool = False
+
+
+SOFTMAX = {"method": "train.softmax_topk", "config": {"renormalise": False}}
+SETUPS = {
+    "evomoe": Setup(GATE, ACTIVE_BALANCE, spawn=SPAWN),
+    "quiet": Setup(GATE, ACTIVE_BALANCE, spawn=SPAWN, edit=Quiet()),
+    "dts": Setup(GATE, ACTIVE_BALANCE),
+    "warm": Setup(SWITCH, spawn=SPAWN),
+    "switch": Setup(SWITCH),
+    "switch_steps": Setup(SWITCH),
+    "top2": Setup(SOFTMAX, top_k=2),
+    "anneal": Setup(SOFTMAX, edit=Widen()),
+    "hash": Setup({"method": "train.hash_router", "config": {}}, losses={}),
+    "fixed": Setup(SWITCH, frozen=True),
+}
+
+
 def scale(budget: Budget) -> Scale:
     """``steps`` is the budget in steps of a top-1 mixture."""
     return budget.pick(
         ci=Scale(layers=2, dim=32, inner=64, heads=2, vocabulary=512, length=32, batch=4, steps=5, heldout=8),
         micro=Scale(layers=2, dim=64, inner=128, heads=2, vocabulary=512, length=64, batch=8, steps=100, heldout=32),
-        full=Scale(layers=4, dim=128, inner=256, vocabulary=512, steps=200, heldout=64),
+        full=Scale(layers=4, dim=128, inner=256, vocabulary=512, batch=4, steps=400, heldout=64),
     )
-
-
-def data_of(size: Scale, budget: Budget) -> Text:
-    """The study's text."""
-    return text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
 
 
 # -- the model and what a step costs ----------------------------------------------------------------------------
@@ -155,24 +168,31 @@ def budget_flops(size: Scale) -> int:
 
 @dataclass
 class Run:
-    """One arm in training: its clock and what was seen on the way."""
+    """One arm in training and what was seen on the way. It ends at ``goal`` FLOPs, or steps with ``by_steps``."""
 
     model: nn.Module
     setup: Setup
     data: Text
     size: Scale
     seed: int
+    goal: int
+    by_steps: bool = False
     flops: int = 0
     steps: int = 0
     active: dict[str, float] = field(default_factory=dict)
     spawned: float = 0.0
     choices: list[Tensor] = field(default_factory=list)
 
+    @property
+    def done(self) -> float:
+        """The clock: 0 at the start, 1 or a little more at the end."""
+        return (self.steps if self.by_steps else self.flops) / self.goal
+
     def values(self, done: float) -> dict[str, float]:
         """What the phases of a recipe would set at this share of the budget."""
         begin = self.setup.spawn
         progress = (done - begin) / (HARD - begin)
-        if self.setup.widen:
+        if isinstance(self.setup.edit, Widen):
             return {"experts": max(1.0, float(EXPERTS - int(progress * EXPERTS)))}
         if self.setup.router is GATE:
             return {"dts_stage": 1.0 if done < HARD else 2.0, "dts_progress": min(1.0, max(0.0, progress))}
@@ -185,22 +205,19 @@ class Run:
         mean = float(np.mean([float(load_C.sum()) / report.tokens for load_C in report.load.values()]))
         self.active.setdefault("active_start", mean)
         self.active["active_end"] = mean
-        if self.setup.router is GATE:
-            gate = method("train.evomoe")
-            tau = gate.module.temperature(values["dts_progress"], gate.configure(GATE["config"]))
-            if tau <= COOL:
-                self.active.setdefault("active_cool", mean)
+        if self.setup.router is GATE and tau_at(values["dts_progress"]) <= COOL:
+            self.active.setdefault("active_cool", mean)
 
-    def train(self, clock: "Clock") -> None:
-        """Train to the end of the clock."""
+    def train(self) -> None:
+        """Train to the goal."""
         optimizer = make_optimizer(self.model, OptimizerConfig(lr=self.size.lr))
         stepper = Stepper(self.model, Causal(), optimizer)
         schedule = ScheduleConfig(kind="cosine", warmup=0.1)
         batch = batches(self.data.train, self.size, self.seed)
         looks = list(LOOKS)
         mixed = self.setup.spawn == 0.0
-        with session(edits=[Widen()] if self.setup.widen else []):
-            while (done := clock.share(self)) < 1.0:
+        with session(edits=[] if self.setup.edit is None else [self.setup.edit]):
+            while (done := self.done) < 1.0:
                 if not mixed and done >= self.setup.spawn:
                     mixed = True
                     spawn(self.model, self.setup, self.seed, optimizer)
@@ -214,24 +231,9 @@ class Run:
                 self.steps += 1
                 self.flops += step_flops(self.model, report, self.size.length)
                 self.look(done, values, report)
-                while looks and clock.share(self) >= looks[0]:
+                while looks and self.done >= looks[0]:
                     looks.pop(0)
                     self.choices.append(first_choices(self.model, self.data.heldout, self.size))
-
-
-@dataclass(frozen=True)
-class Clock:
-    """The share of a run that lies behind, by FLOPs or by steps."""
-
-    flops: int | None = None
-    steps: int | None = None
-
-    def share(self, run: Run) -> float:
-        """0 at the start; at the end 1 or a little more."""
-        if self.flops is not None:
-            return run.flops / self.flops
-        assert self.steps is not None
-        return run.steps / self.steps
 
 
 def first_choices(model: nn.Module, data: Dataset, size: Scale) -> Tensor:
@@ -275,12 +277,18 @@ def outcome(arm: str, seed: int, name: str) -> Mapping[str, float]:
     if setup.spawn == 0.0:
         spawn(model, setup, seed)
         untie(model, seed)
-    run = Run(model, setup, data_of(size, budget), size, seed)
-    equal = Clock(flops=budget_flops(size))
-    run.train(Clock(steps=int(outcome("evomoe", seed, name)["steps"])) if arm == "switch_steps" else equal)
-    load = loads(model, run.data.heldout, size)
+    by_steps = arm == "switch_steps"
+    goal = int(outcome("evomoe", seed, name)["steps"]) if by_steps else budget_flops(size)
+    data = text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
+    run = Run(model, setup, data, size, seed, goal, by_steps)
+    run.train()
+    found = {"heldout_loss": heldout(model, data.heldout, size)}
+    if setup.router is GATE:
+        with session(values={"dts_stage": 0}):
+            found["heldout_dense"] = heldout(model, data.heldout, size)
+    load = loads(model, data.heldout, size)
     return {
-        "heldout_loss": heldout(model, run.data.heldout, size),
+        **found,
         "fluctuation": fluctuation(run.choices),
         "load_cv": float(np.mean([float(c.double().std(correction=0) / c.double().mean()) for c in load.values()])),
         "similarity": similarity(model),
@@ -301,7 +309,7 @@ STUDY = Study(
     title="One expert, then many, then one a token",
     setting=(
         "A Llama model (4 layers, width 128) with 8 experts of inner width 256 in every other layer, trained on the "
-        "standard library's source files. Arms spend the training FLOPs of 200 top-1 steps of 1024 tokens, counted "
+        "standard library's source files. Arms spend the training FLOPs of 400 top-1 steps of 512 tokens, counted "
         "from the experts that ran; held-out loss is that of one expert a token. The paper trains RoBERTa, GPT and "
         "translation models on GPUs; its body and tables could not be read, so claims are those of the abstract."
     ),
@@ -373,6 +381,7 @@ STUDY = Study(
     ),
     arms=(
         Arm(name="evomoe", text="one expert to 15 %, eight masked copies, gate sharpens to 60 %, then top-1"),
+        Arm(name="quiet", text="the method without noise on its gate", role="reference"),
         Arm(name="switch", text="Switch top-1 from scratch, the same FLOPs", role="control"),
         Arm(name="switch_steps", text="Switch top-1 from scratch, as many steps as the method took", role="control"),
         Arm(name="dts", text="the same gate and decay over random experts", role="control"),
