@@ -42,6 +42,7 @@ LOOKS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # shares at which held-out choic
 
 GATE = {"method": "train.evomoe", "config": {"stage": "hard", "progress": 1.0, "tau_max": 2.0, "tau_min": 0.2}}
 SWITCH = {"method": "train.switch", "config": {}}
+SOFTMAX = {"method": "train.softmax_topk", "config": {"renormalise": False}}
 ACTIVE_BALANCE = {"balance": {"method": "train.dts_balance_loss"}}
 BALANCE = {"balance": {"method": "train.balance_loss"}}
 
@@ -90,7 +91,6 @@ class Setup:
     frozen: bool = False
 
 
-SOFTMAX = {"method": "train.softmax_topk", "config": {"renormalise": False}}
 SETUPS = {
     "evomoe": Setup(GATE, ACTIVE_BALANCE, spawn=SPAWN),
     "quiet": Setup(GATE, ACTIVE_BALANCE, spawn=SPAWN, edit=Quiet()),
@@ -179,8 +179,8 @@ class Run:
     by_steps: bool = False
     flops: int = 0
     steps: int = 0
-    active: dict[str, float] = field(default_factory=dict)
-    spawned: float = 0.0
+    seen: dict[str, float] = field(default_factory=dict)
+    tau: float = float("inf")
     choices: list[Tensor] = field(default_factory=list)
 
     @property
@@ -198,15 +198,16 @@ class Run:
             return {"dts_stage": 1.0 if done < HARD else 2.0, "dts_progress": min(1.0, max(0.0, progress))}
         return {}
 
-    def look(self, done: float, values: Mapping[str, float], report: StepReport) -> None:
-        """Keep the mean number of active experts at the first mixture step, at temperature 0.3, and at the end."""
+    def look(self, values: Mapping[str, float], report: StepReport) -> None:
+        """Keep the mean number of active experts at the first mixture step, once it is cool, and at the end."""
         if not report.load:
             return
         mean = float(np.mean([float(load_C.sum()) / report.tokens for load_C in report.load.values()]))
-        self.active.setdefault("active_start", mean)
-        self.active["active_end"] = mean
-        if self.setup.router is GATE and tau_at(values["dts_progress"]) <= COOL:
-            self.active.setdefault("active_cool", mean)
+        self.seen.setdefault("active_start", mean)
+        self.seen["active_end"] = mean
+        if values.get("dts_stage") == 1.0 and self.tau > COOL:  # the last step counts where none is that cool
+            self.tau = tau_at(values["dts_progress"])
+            self.seen["active_cool"] = mean
 
     def train(self) -> None:
         """Train to the goal."""
@@ -222,7 +223,7 @@ class Run:
                     mixed = True
                     spawn(self.model, self.setup, self.seed, optimizer)
                     follow(optimizer, self.model, OptimizerConfig(lr=self.size.lr))
-                    self.spawned = similarity(self.model)
+                    self.seen["similarity_spawned"] = similarity(self.model)
                 set_lr(optimizer, schedule.factor(int(1000 * done), 1000))
                 self.model.train()
                 values = self.values(done) if mixed else {}
@@ -230,7 +231,7 @@ class Run:
                 report = stepper.run(self.steps, [batch(self.steps)], weights=weights, values=values)
                 self.steps += 1
                 self.flops += step_flops(self.model, report, self.size.length)
-                self.look(done, values, report)
+                self.look(values, report)
                 while looks and self.done >= looks[0]:
                     looks.pop(0)
                     self.choices.append(first_choices(self.model, self.data.heldout, self.size))
@@ -253,7 +254,7 @@ def first_choices(model: nn.Module, data: Dataset, size: Scale) -> Tensor:
 
 
 def fluctuation(choices: Sequence[Tensor]) -> float:
-    """Share of first choices that change from one look to the next, mean over the looks."""
+    """Mean share of first choices that change from one look to the next."""
     return float(np.mean([float((a != b).double().mean()) for a, b in itertools.pairwise(choices)]))
 
 
@@ -271,8 +272,7 @@ def similarity(model: nn.Module) -> float:
 def outcome(arm: str, seed: int, name: str) -> Mapping[str, float]:
     """Train an arm and measure it; once a process, since an equal-steps arm asks how far the method came."""
     budget = BUDGETS[name]
-    size = scale(budget)
-    setup = SETUPS[arm]
+    size, setup = scale(budget), SETUPS[arm]
     model = llama(size, seed, watch=False)
     if setup.spawn == 0.0:
         spawn(model, setup, seed)
@@ -294,8 +294,7 @@ def outcome(arm: str, seed: int, name: str) -> Mapping[str, float]:
         "similarity": similarity(model),
         "steps": float(run.steps),
         "gigaflops": run.flops / 1e9,
-        **({"similarity_spawned": run.spawned} if setup.spawn else {}),
-        **run.active,
+        **run.seen,
     }
 
 
