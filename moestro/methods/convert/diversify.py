@@ -29,9 +29,11 @@ class Config(BaseConfig):
     """Settings.
 
     Attributes:
-        layers: which dense layers: all, first:N, last:N, every:N or a list. num_experts: E.
-        spawn, rate: how copies are told apart, and q. router: a router method; top_k: choices a token, for routers that
-            choose a fixed number. losses: name -> loss method.
+        layers: which dense layers: all, first:N, last:N, every:N or a list.
+        num_experts: E, copies in each new mixture.
+        spawn: how copies are told apart. rate: q, the share masked or cut, or the noise relative to each matrix's.
+        router: a router method. losses: name -> loss method.
+        top_k: choices a token, for routers that choose a fixed number.
     """
 
     layers: Layers = "all"
