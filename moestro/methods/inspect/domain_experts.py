@@ -11,8 +11,8 @@ domain out of every layer without giving their weight to others; with L the next
     change(D, D') = L of D' with the experts of D masked - L of D' in nats,
     selectivity(D) = change(D, D) / max(mean of change(D, D') over D' != D, 0.001)
 
-beside it the change when as many experts of each layer, drawn at random, are masked. A batch says its domain under
-the key ``domain``; batches that do not are the domain ``name``, or a domain each if nothing else gives a second one.
+beside it the change when as many experts of each layer, drawn at random, are masked. A batch says its domain under the
+key ``domain``; batches that do not are the domain ``name``, or a domain each if nothing else gives a second one.
 
 Source: Monet (2412.04139, section 5: domains, programming languages). The random control and the selectivity are ours.
 """
@@ -35,11 +35,9 @@ from moestro.core.report import Report, Table
 from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
 
-
 Batch = Mapping[str, Any]
 Masks = dict[str, Tensor]  # site -> bool over its experts, [E] or [n, n], True for those that go
-FLOOR = 1e-3  # nats: what counts as no change at all
-MOST_DOMAINS = 16
+FLOOR, MOST_DOMAINS = 1e-3, 16  # nats that count as no change at all; domains in one report
 
 
 class Config(BaseConfig):
@@ -191,9 +189,10 @@ def loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     return total / max(count, 1)
 
 
-def loss_changes(model: nn.Module, domains: Mapping[str, Sequence[Batch]], masks: Masks) -> Tensor:
-    """What masking does to the loss of every domain, in nats, float64 [domains]."""
-    plain = [loss(model, batches) for batches in domains.values()]
+def loss_changes(
+    model: nn.Module, domains: Mapping[str, Sequence[Batch]], masks: Masks, plain: Sequence[float]
+) -> Tensor:
+    """What masking adds to the losses ``plain`` of the domains, in nats, float64 [domains]."""
     with masked(model, masks):
         return torch.tensor([loss(model, b) - p for b, p in zip(domains.values(), plain, strict=True)]).double()
 
@@ -264,6 +263,7 @@ def measure(subject: MeterInputs, config: Config) -> Report:
     names = list(domains)
     scores = expert_scores(subject.model, domains)
     owners = {site: assign_domains(score, config.ratio) for site, score in scores.items()}
+    plain = [loss(subject.model, batches) for batches in domains.values()]
     numbers: dict[str, float] = {}
     tables = {"experts": Table(columns=["layer", *names, "of all"], rows=_counts(owners, len(names)))}
     changes: list[list[Any]] = []
@@ -271,7 +271,7 @@ def measure(subject: MeterInputs, config: Config) -> Report:
         masks = {site: owner == place for site, owner in owners.items()}
         numbers[f"{name}: experts"] = sum(int(mask.sum()) for mask in masks.values())
         for what, chosen in {"own": masks, "random": random_masks(masks, subject.seed + place)}.items():
-            change_D = loss_changes(subject.model, domains, chosen)
+            change_D = loss_changes(subject.model, domains, chosen, plain)
             changes.append([name, what, *change_D.tolist()])
             numbers[f"{name}: loss change, {what} masked"] = float(change_D[place])
             numbers[f"{name}: selectivity, {what} masked"] = selectivity(change_D, place)
