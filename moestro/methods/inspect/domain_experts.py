@@ -5,8 +5,8 @@ padding left out; for product keys (routings ``<site>.first`` and ``<site>.secon
 
     s_D(i, j) = mean over tokens of sum_h g1_hi g2_hj
 
-Expert e belongs to D if s_D(e) > 0 and s_D(e) >= ratio * max over D' != D of s_D'(e). Masking takes the experts of a
-domain out of every layer without giving their weight to others; with L the next-token loss,
+Expert e belongs to D if s_D(e) > 0 and s_D(e) >= ratio * max over D' != D of s_D'(e). Masking takes a domain's experts
+out of every layer; their weight goes to nobody. With L the next-token loss,
 
     change(D, D') = L of D' with the experts of D masked - L of D' in nats,
     selectivity(D) = change(D, D) / max(mean of change(D, D') over D' != D, 0.001)
@@ -35,6 +35,7 @@ from moestro.core.report import Report, Table
 from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
 
+
 Batch = Mapping[str, Any]
 Masks = dict[str, Tensor]  # site -> bool over its experts, [E] or [n, n], True for those that go
 FLOOR, MOST_DOMAINS = 1e-3, 16  # nats that count as no change at all; domains in one report
@@ -58,8 +59,8 @@ class Config(BaseConfig):
 
 def pair_layers(model: nn.Module) -> dict[str, Tensor]:
     """Layers whose experts are pairs of halves: site -> ``open``, bool [n, n], False for experts that are masked."""
-    found = (module for module in model.modules() if getattr(module, "is_mixture", False))
-    return {str(module.site): module.open for module in found if isinstance(getattr(module, "open", None), Tensor)}
+    found = ((module, getattr(module, "open", None)) for module in model.modules() if hasattr(module, "is_mixture"))
+    return {str(module.site): there for module, there in found if isinstance(there, Tensor)}
 
 
 def sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -133,9 +134,7 @@ def random_masks(masks: Masks, seed: int) -> Masks:
     found = {}
     for site, mask in masks.items():
         order = torch.randperm(mask.numel(), generator=draw)
-        chosen = torch.zeros(mask.numel(), dtype=torch.bool)
-        chosen[order[: int(mask.sum())]] = True
-        found[site] = chosen.view(mask.shape)
+        found[site] = mask.flatten()[order].view(mask.shape)
     return found
 
 
@@ -172,8 +171,7 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
 
 def _valid(batch: Batch) -> Tensor:
     """Which tokens are no padding, bool [B, S]."""
-    ids: Tensor = batch["input_ids"]
-    return torch.as_tensor(batch.get("attention_mask", torch.ones_like(ids))) != 0
+    return torch.as_tensor(batch.get("attention_mask", torch.ones_like(batch["input_ids"]))) != 0
 
 
 def loss(model: nn.Module, batches: Sequence[Batch]) -> float:
@@ -194,7 +192,9 @@ def loss_changes(
 ) -> Tensor:
     """What masking adds to the losses ``plain`` of the domains, in nats, float64 [domains]."""
     with masked(model, masks):
-        return torch.tensor([loss(model, b) - p for b, p in zip(domains.values(), plain, strict=True)]).double()
+        return torch.tensor(
+            [loss(model, domains[name]) - was for name, was in zip(domains, plain, strict=True)]
+        ).double()
 
 
 def selectivity(change_D: Tensor, own: int) -> float:

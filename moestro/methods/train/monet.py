@@ -199,13 +199,15 @@ class MonetLayer(nn.Module):
             ctx.keep(self.site, "input", x_TD)
             first_THC, second_THC = (weight_THC.to(x_TD.dtype) for weight_THC in self.route(x_TD, ctx))
             closed = not bool(self.open.all())
-            y_TO = self.experts(x_TD, first_THC, second_THC, self.open if closed else None)
+            y_TO: Tensor = self.experts(x_TD, first_THC, second_THC, self.open if closed else None)
             ctx.keep(self.site, "output", y_TO)
             return y_TO.view(*hidden.shape[:-1], y_TO.shape[-1])
 
     def route(self, x_TD: Tensor, ctx: RoutingContext) -> list[Tensor]:
         """The weights of both axes, [T, H, n] each. Edits act on the group's scores, in each layer by itself."""
-        axes = self.router.module.axes
+        router = self.router.module
+        assert isinstance(router, ProductKeyRouter)
+        axes = router.axes
         if self.site == self.owner:
             scored = [axis.score(x_TD, None, ctx) for axis in axes]
             decided = [(scores, axis.choose(scores, ctx)) for axis, scores in zip(axes, scored, strict=True)]
