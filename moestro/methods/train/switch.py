@@ -25,6 +25,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
+from moestro.methods.train._parts.capacity import within_capacity
 
 
 class Config(BaseConfig):
@@ -46,17 +47,6 @@ class Config(BaseConfig):
         if self.capacity is not None and self.capacity_factor is not None:
             raise ConfigError(f"capacity={self.capacity} and capacity_factor={self.capacity_factor}; give one of them")
         return self
-
-
-def within_capacity(expert_T: Tensor, row_T: Tensor, num_rows: int, num_experts: int, capacity: int) -> Tensor:
-    """Which tokens find a place, bool [T]: the first ``capacity`` of each (row, expert) in the order of tokens."""
-    key_T = row_T * num_experts + expert_T
-    order_T = torch.sort(key_T, stable=True).indices
-    count_X = torch.bincount(key_T, minlength=num_rows * num_experts)
-    start_X = count_X.cumsum(0) - count_X
-    place_T = torch.empty_like(key_T)
-    place_T[order_T] = torch.arange(len(key_T), device=key_T.device) - start_X[key_T[order_T]]
-    return place_T < capacity
 
 
 class Switch(LinearRouter):
