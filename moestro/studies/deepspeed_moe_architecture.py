@@ -114,7 +114,7 @@ def scale(budget: Budget, arm: str) -> Scale:
     """The size of an arm's model and run; eight thin layers for the pair that compares halves."""
     size = budget.pick(
         ci=Scale(layers=4, dim=16, inner=32, heads=2, vocabulary=259, length=32, batch=2, steps=2, heldout=4),
-        micro=Scale(layers=4, dim=32, inner=64, heads=2, vocabulary=259, length=64, batch=8, steps=40, heldout=16),
+        micro=Scale(layers=4, dim=32, inner=64, heads=2, vocabulary=259, length=64, batch=8, steps=30, heldout=16),
         full=Scale(layers=4, dim=128, inner=256, heads=4, vocabulary=259, length=128, batch=8, steps=260, heldout=128),
     )
     if arm in HALVES:
