@@ -14,7 +14,7 @@ branch start as copies of one network; the router alone makes them different.
 The pyramid is a list of expert counts, one a mixture layer, usually twice as many in the last two (``pyramid``). A swap
 takes it as ``num_experts: {per_layer: [4, 4, 8, 8]}`` and refuses a list of another length than its sites.
 
-Source: DeepSpeed-MoE (2201.05596, section 4.1: phenomena I and II, PR-MoE); "learned" is what its released code does.
+Source: DeepSpeed-MoE (2201.05596, section 4: phenomena I and II, PR-MoE); "learned" is what its released code does.
 """
 
 from typing import Literal
