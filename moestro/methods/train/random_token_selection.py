@@ -19,7 +19,6 @@ uniform noise in [1 - j, 1 + j], and ``gumbel`` picks the expert by logits + Gum
 Source: Z-code M3 (2109.10465, random token selection) and the top-1 gate of DeepSpeed that was released with it.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -33,7 +32,7 @@ from moestro.core.context import RoutingContext
 from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
-from moestro.methods.train._parts.capacity import within_capacity
+from moestro.methods.train._parts.capacity import fair_share, within_capacity
 from moestro.models.swap import Jitter
 
 
@@ -60,7 +59,7 @@ class Config(BaseConfig):
 
 def places(num_tokens: int, num_experts: int, factor: float, min_capacity: int) -> int:
     """Tokens an expert takes: ``factor`` times its fair share rounded up, at least ``min_capacity``, at most all."""
-    return min(max(math.ceil(factor * num_tokens / num_experts), min_capacity), num_tokens)
+    return min(max(fair_share(num_tokens, num_experts, factor), min_capacity), num_tokens)
 
 
 def priority(order: Order, probability_T: Tensor) -> Tensor | None:
@@ -89,7 +88,7 @@ class RandomTokenSelection(LinearRouter):
 
     def score(self, x_TD: Tensor, bank: Bank, ctx: RoutingContext) -> Scores:
         """See Router."""
-        logits_TC = self.logits(x_TD if self.noise is None else self.noise(x_TD))
+        logits_TC = self.logits(x_TD if self.noise is None else self.noise(x_TD.float()))
         probability_TC = logits_TC.softmax(-1)
         select_TC = probability_TC.detach()
         if self.training and self.config.gumbel:

@@ -54,6 +54,8 @@ def probabilities(made: Any, x_TD: Tensor) -> Tensor:
         (1, 64, 2.0, 4, 1),
         (32, 4, 0.01, 0, 1),
         (0, 4, 1.0, 4, 0),
+        (100, 10, 1.1, 0, 11),  # 1.1 * 100 is above 110 in floating point
+        (1000, 10, 1.1, 0, 110),  # and so is 100 * 1.1
     ],
 )
 def test_places_by_hand(tokens: int, experts: int, factor: float, least: int, found: int) -> None:
@@ -209,6 +211,11 @@ def test_jitter_is_uniform_on_the_routers_input_only() -> None:
     assert 0.75 <= noisy.min() < 0.7505
     assert 1.2495 < noisy.max() <= 1.25
     assert noisy.var().item() == pytest.approx(0.5**2 / 12, rel=0.02)
+    # In bfloat16 there are four numbers between 0.99 and 1.01: the noise is drawn in the router's float32.
+    made.noise.size = 0.01
+    narrow = made.score(torch.ones(20_000, 6, dtype=torch.bfloat16), None, context(1, 20_000)).logits_TC
+    assert narrow.var().item() == pytest.approx(0.02**2 / 12, rel=0.02)
+    assert 0.99 <= narrow.min() < narrow.max() <= 1.01
     mixture = layer(made)
     sizes = []
     mixture.bank.register_forward_pre_hook(lambda module, args: sizes.append(args[0]))

@@ -1,7 +1,18 @@
-"""Places of an expert: which of the tokens that asked for it are served."""
+"""Places of an expert: how many it has, and which of the tokens that asked for it are served."""
+
+import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
+
+
+def fair_share(num_tokens: int, num_experts: int, factor: float) -> int:
+    """``factor`` times an expert's fair share of the tokens, rounded up.
+
+    Of the factor as it is written: 1.1 of 10 tokens are 11, where floating point may come out just above and round to 12.
+    """
+    return math.ceil(Fraction(str(factor)) * num_tokens / num_experts)
 
 
 def within_capacity(
