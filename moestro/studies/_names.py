@@ -2,7 +2,7 @@
 
 The Unicode locale data, which the package babel carries, name languages, territories, scripts and currencies in many
 languages. A name is translated to or from English, character by character, or restored where spans of it are masked.
-Three languages are poor: a tenth of their pairs is shown. Names of held-out concepts are shown in no task.
+Three languages are poor: a tenth of their pairs is shown. Names of held-out concepts are shown in no task, nor does another concept bear one of them.
 
     python -m moestro.studies._names FOLDER      writes the text as pairs, for recipes such as zcode-m3.yaml
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moestro.core.errors import ConfigError
+from moestro.core.errors import ConfigError, MoestroError
 from moestro.data.tokens import EOS, MASK
 
 
@@ -53,6 +53,8 @@ class Names:
 def names(seed: int, limit: int | None = None) -> Names:
     """The text with its split, the split drawn from the seed.
 
+    Of concepts that share a name in any of the languages, such as a language and its script, the first stays.
+
     Args:
         limit: at most this many concepts, for short budgets.
 
@@ -62,15 +64,18 @@ def names(seed: int, limit: int | None = None) -> Names:
     try:
         from babel import Locale
     except ModuleNotFoundError:
-        raise ConfigError("names in many languages come from the package babel; pip install babel") from None
+        raise ConfigError("names in many languages come from the package babel; pip install 'moestro[studies]'") from None
     locales = {language: Locale(language) for language in ("en", *LANGUAGES)}
     found: dict[str, list[str]] = {language: [] for language in locales}
+    taken: set[tuple[str, str]] = set()
     for kind in ("languages", "territories", "scripts", "currencies"):
         tables = {language: getattr(locale, kind) for language, locale in locales.items()}
         for key in sorted(tables["en"]):
-            entry = [table.get(key, "") for table in tables.values()]
-            if all(0 < len(name) <= LONGEST for name in entry):
-                for language, name in zip(tables, entry, strict=True):
+            entry = {language: table.get(key, "") for language, table in tables.items()}
+            own = {(language, name.casefold()) for language, name in entry.items()}
+            if all(0 < len(name) <= LONGEST for name in entry.values()) and not own & taken:
+                taken |= own
+                for language, name in entry.items():
                     found[language].append(name)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(found["en"]))[:limit]
@@ -143,8 +148,10 @@ class Characters:
 
 
 def chrf(found: Sequence[str], wanted: Sequence[str], *, longest: int = 6, beta: float = 2.0) -> float:
-    """chrF of a corpus, 0 to 100: F-beta of character n-grams without spaces, mean over n = 1 .. 6 (Popovic 2015)."""
-    scores = []
+    """chrF of a corpus, 0 to 100: F-beta of the precision and recall of character n-grams, spaces apart, both averaged
+    over n = 1 .. 6 (Popovic 2015). An n for which either side has no n-gram is left out.
+    """
+    shares = []
     for n in range(1, longest + 1):
         matched = ours = theirs = 0
         for one, two in zip(found, wanted, strict=True):
@@ -152,10 +159,10 @@ def chrf(found: Sequence[str], wanted: Sequence[str], *, longest: int = 6, beta:
             matched += (grams & reference).total()
             ours, theirs = ours + grams.total(), theirs + reference.total()
         if ours and theirs:
-            precision, recall = matched / ours, matched / theirs
-            below = beta**2 * precision + recall
-            scores.append((1 + beta**2) * precision * recall / below if below else 0.0)
-    return 100.0 * sum(scores) / max(len(scores), 1)
+            shares.append((matched / ours, matched / theirs))
+    precision, recall = np.mean(shares, axis=0) if shares else (0.0, 0.0)
+    below = beta**2 * precision + recall
+    return float(100.0 * (1 + beta**2) * precision * recall / below) if below else 0.0
 
 
 def _grams(text: str, n: int) -> Counter[str]:
@@ -165,7 +172,8 @@ def _grams(text: str, n: int) -> Counter[str]:
 
 def write(folder: Path, seed: int = 0, times: int = 4) -> list[Path]:
     """The text as pairs, one JSON object a line with ``text`` and ``target``: ``mt-LANGUAGE.jsonl`` in both directions,
-    ``dae-LANGUAGE.jsonl`` with every name masked ``times`` times, and ``heldout.jsonl``. Returns the files.
+    ``dae-LANGUAGE.jsonl`` with every name masked ``times`` times, and ``heldout-LANGUAGE.jsonl`` from English. Returns
+    the files.
     """
     data, rng = names(seed), np.random.default_rng(seed)
     rows: dict[str, list[tuple[str, str, str]]] = {}
@@ -176,7 +184,8 @@ def write(folder: Path, seed: int = 0, times: int = 4) -> list[Path]:
     for language, texts in data.names.items():
         known = [texts[int(c)] for c in data.known for _ in range(times)]
         rows[f"dae-{language}"] = [(language, mask_spans(text, rng, MASK), text) for text in known]
-    rows["heldout"] = [data.pair(one, int(c), to_english=False) for one in LANGUAGES for c in data.heldout]
+    for language in LANGUAGES:
+        rows[f"heldout-{language}"] = [data.pair(language, int(c), to_english=False) for c in data.heldout]
     folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in rows.items():
         lines = [{"text": f"{tag}: {source}", "target": f"{target}{EOS}"} for tag, source, target in pairs]
@@ -185,7 +194,15 @@ def write(folder: Path, seed: int = 0, times: int = 4) -> list[Path]:
     return [folder / f"{name}.jsonl" for name in rows]
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
+def command(arguments: Sequence[str]) -> None:
+    """Write the text into the one folder given; what fails leaves one line."""
+    if len(arguments) != 1:
         sys.exit("usage: python -m moestro.studies._names FOLDER")
-    print(*write(Path(sys.argv[1])), sep="\n")
+    try:
+        print(*write(Path(arguments[0])), sep="\n")
+    except (MoestroError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command(sys.argv[1:])
