@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def bench(
-        name: str = typer.Argument(help="A benchmark, such as train-layer or train-model; `list` names them all."),
+        name: str = typer.Argument(help="A benchmark, such as train-model or methods; `list` names them all."),
         as_json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
         rounds: int = typer.Option(5, "--rounds", min=1, help="Timed rounds; figures are medians over them."),
         threads: int | None = typer.Option(None, "--threads", min=1, help="Torch threads; all cores when not given."),

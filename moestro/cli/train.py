@@ -57,7 +57,7 @@ def _dry_run(settings: Any, as_json: bool) -> None:
     for name, value in rows:
         print(f"{name:<18}{value}")
     if size.experts_vary:
-        print("some routers choose no fixed number of experts; all of them are counted as active")
+        print("data decide how many experts some layers use; counted at an even load, all where there is no top-k")
 
 
 def _train(settings: Any, out: Path, fresh: bool, as_json: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro import ops
+from moestro.core.cost import Work
 from moestro.core.errors import ConfigError
 from moestro.core.routing import Routing
 
@@ -54,6 +55,10 @@ class Bank(nn.Module, ABC):
     def flops_per_row(self, expert: int) -> int:
         """Floating point operations for one assignment: two for each weight of a matrix."""
         return sum(2 * self.weight(expert, name).numel() for name in self.projections)
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations for one token that runs through every expert: a bank that stands outside a mixture layer."""
+        return float(sum(self.flops_per_row(expert) for expert in range(self.num_experts)))
 
     def _tensors(self, expert: int) -> list[Tensor]:
         return [self.weight(expert, name) for name in self.projections]

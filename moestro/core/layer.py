@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moestro.core.bank import Bank
 from moestro.core.context import RoutingContext, layer_context
+from moestro.core.cost import Work, cost, over_experts
 from moestro.core.dispatch import Dispatcher, LocalDispatcher
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.losses import RoutingLoss
@@ -123,6 +124,12 @@ class MoELayer(nn.Module):
         rows, local, handle = self.dispatcher.dispatch(narrow, work)
         y = self.dispatcher.combine(self.bank(rows, local), handle)
         return y if self.post is None else self.post(y)
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations of a forward for one token: the rows that experts compute, and all parts but the bank in full."""
+        each = [self.bank.flops_per_row(expert) for expert in range(self.bank.num_experts)]
+        routed = over_experts(work.rows_of(self.site, self.router), each)
+        return routed + sum(cost(part, work) for part in self.children() if part is not self.bank)
 
     def after_step(self, load_C: Tensor) -> None:
         """Pass the optimiser step's counts on to the router."""

@@ -72,6 +72,10 @@ class RemapRouter(Router):
             kept_N=None if old.kept_N is None else old.kept_N[first_G],
         )
 
+    def real_per_token(self, length: int) -> float | None:
+        """None: how many choices of a token meet on an expert depends on the token."""
+        return None
+
     def weigh(self, gate_TK: Tensor) -> Tensor:
         """See Router."""
         return self.inner.weigh(gate_TK)

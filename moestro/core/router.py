@@ -52,6 +52,14 @@ class Router(nn.Module, ABC):
     def choose(self, scores: Scores, ctx: "RoutingContext") -> Routing:
         """The routing these scores lead to, weights included."""
 
+    def real_per_token(self, length: int) -> float | None:
+        """Assignments a token that experts compute, where the settings alone say; None where data decide.
+
+        Args:
+            length: tokens of a sequence.
+        """
+        return None if self.num_null else self.top_k
+
     def weigh(self, gate_TK: Tensor) -> Tensor:
         """Weights of chosen pairs from their gates, same shape; for ``choose`` and for edits that choose otherwise."""
         return gate_TK

@@ -36,11 +36,19 @@ class Site:
     family: str | None = None
 
 
+class SharedParts(nn.ModuleDict):
+    """Where shared parts live. They run, and cost operations, at the sites that borrow them."""
+
+    def flops_per_token(self, work: object) -> float:
+        """Nothing: see ``moestro.core.cost``."""
+        return 0.0
+
+
 @dataclass
 class Shared:
     """Parts used by several sites: made once, kept once under the model, saved once."""
 
-    modules: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    modules: nn.ModuleDict = field(default_factory=SharedParts)
 
     def __call__(self, name: str, factory: Callable[[], nn.Module]) -> nn.Module:
         """The part ``name``, made by ``factory`` at the first call.

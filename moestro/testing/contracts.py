@@ -19,7 +19,7 @@ from moestro.core.errors import ConfigError, RegistryError
 from moestro.core.registry import Method, infos, method
 
 
-__all__ = ["check", "checks_of", "contract_of", "example_config", "settings_round_trip"]
+__all__ = ["check", "checks_of", "contract_of", "example_config", "example_values", "settings_round_trip"]
 
 Check = Callable[[Method], None]
 
@@ -67,13 +67,18 @@ def example_config(subject: Method) -> Config:
     Raises:
         ConfigError: a required field gives no example; write `Field(examples=[...])`.
     """
+    return subject.configure(example_values(subject))
+
+
+def example_values(subject: Method) -> dict[str, Any]:
+    """The first example of each field that has no default. Raises ConfigError as `example_config` does."""
     values: dict[str, Any] = {}
     for name, field in subject.config_type.model_fields.items():
         if field.is_required():
             if not field.examples:
                 raise ConfigError(f"{subject.id}: field {name!r} has no default; give Field(examples=[...])")
             values[name] = field.examples[0]
-    return subject.configure(values)
+    return values
 
 
 def settings_round_trip(subject: Method) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 
 from moestro.core.bank import StackedFFN
 from moestro.core.context import RoutingContext, checkpoint_contexts, open_stack
-from moestro.core.layer import MoELayer
+from moestro.core.cost import RowCounter, Work, cost
+from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.losses import RoutingLoss
 from moestro.core.registry import Method, method
 from moestro.core.router import Router
@@ -21,6 +23,7 @@ from moestro.core.session import session
 from moestro.core.site import Shared, Site
 from moestro.testing.contracts import example_config
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
+from moestro.training.size import size_of
 
 
 VOCABULARY, DIM, INNER = 32, 16, 24
@@ -327,6 +330,40 @@ def sums_over_units(subject: Method) -> None:
         if unit != "batch":
             alone = torch.stack([look(stack, [ids]).losses[name][0] for ids in IDS]).sum()
             close(subject, loss, alone, f"loss {name} of two sequences together and one by one")
+
+
+def costs_are_counted(subject: Method) -> None:
+    """See the contract. Operations are counted in evaluation and in training, with the numbers of rows that ran."""
+    _, stack = make(subject)
+    for mode in (False, True):
+        stack.train(mode)
+        rows = RowCounter()
+        with session(recorder=rows), FlopCounterMode(display=False) as run:
+            seen = look(stack, IDS)
+        said, ran = 12 * cost(stack, Work(6, mode, rows.per_token())), run.get_total_flops()
+        words = "training" if mode else "evaluation"
+        assert abs(said - ran) <= 0.01 * ran, (
+            f"a forward in {words} costs {ran} operations, counted as {said:.0f}; define flops_per_token(work), see "
+            "moestro.core.cost"
+        )
+    size = size_of(stack, 6)
+    optimizer = torch.optim.AdamW(stack.parameters())
+    _total(seen).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    ran_bytes = {
+        "weight_bytes": list(stack.parameters()),
+        "gradient_bytes": [p.grad for p in stack.parameters() if p.grad is not None],
+        "optimizer_bytes": moments,
+        "buffer_bytes": list(stack.buffers()),
+    }
+    for name, tensors in ran_bytes.items():
+        held = sum(tensor.nbytes for tensor in tensors)
+        assert abs(getattr(size, name) - held) <= 0.01 * held, f"{name}: {held} bytes, counted as {getattr(size, name)}"
+    for site, layer in mixture_layers(stack).items():
+        needed = sum(layer.bank.nbytes(expert) for expert in range(layer.bank.num_experts))
+        held = sum(parameter.nbytes for parameter in layer.bank.parameters())
+        assert needed >= 0.99 * held, f"{site}: nbytes of all experts is {needed} bytes, the bank holds {held}"
 
 
 class _Replayed(nn.Module):

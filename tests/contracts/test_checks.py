@@ -29,8 +29,9 @@ class Good(LinearRouter):
         super().__init__(16, 4, top_k=2)
 
     def score(self, x_TD: Tensor, bank: Any, ctx: Any) -> Scores:
-        probability_TC = self.logits(x_TD).softmax(-1)
-        return Scores(self.logits(x_TD), probability_TC, probability_TC)
+        logits_TC = self.logits(x_TD)
+        probability_TC = logits_TC.softmax(-1)
+        return Scores(logits_TC, probability_TC, probability_TC)
 
     def choose(self, scores: Scores, ctx: Any) -> Routing:
         expert_TK = topk_indices(scores.select_TC, 2)
@@ -113,6 +114,11 @@ class StepsWeights(Good):
             self.weight += 1
 
 
+class HiddenProduct(Good):
+    def score(self, x_TD: Tensor, bank: Any, ctx: Any) -> Scores:
+        return super().score(x_TD @ torch.eye(x_TD.shape[1]), bank, ctx)
+
+
 class MeanLoss(RoutingLoss):
     unit = "token"
 
@@ -144,6 +150,7 @@ def test_a_correct_router_keeps_every_invariant(name: str) -> None:
 
 BROKEN: list[tuple[type[nn.Module], str, str]] = [
     (SameTwice, "tokens_conserved", "has a choice twice"),
+    (HiddenProduct, "costs_are_counted", "define flops_per_token"),
     (NotFinite, "finite", "not finite"),
     (NoGradient, "gradients_arrive", "weight got no gradient"),
     (Unseeded, "repeatable", "declare stochastic=True"),

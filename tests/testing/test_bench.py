@@ -70,10 +70,10 @@ def test_layer_rows(tokens):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_of_memory_is_seen_after_it_has_passed():
-    before = train_layer._reset_peak()
+    before = harness.reset_peak()
     torch.ones(16_000_000)
-    assert train_layer._peak() - before > 60e6
-    assert train_layer._reset_peak() - before < 30e6
+    assert harness.peak() - before > 60e6
+    assert harness.reset_peak() - before < 30e6
 
 
 @pytest.mark.slow  # two processes that import Transformers' models

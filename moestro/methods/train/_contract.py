@@ -43,6 +43,7 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "logits_are_float32": "raw logits stay float32 when the model is not",
         "replay_is_exact": "activation checkpointing gives the same gradients",
         "after_step_moves_buffers": "after_step leaves trainable parameters alone",
+        "costs_are_counted": "operations and bytes are counted as they are when it runs, within 1 %",
         "sums_over_units": "a loss is a sum over its units: two sequences cost what they cost one by one",
     },
 }

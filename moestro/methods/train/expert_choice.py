@@ -43,11 +43,16 @@ def take_tokens(select_TE: Tensor, group_T: Tensor, valid_T: Tensor, num_groups:
     num_experts = select_TE.shape[1]
     for group in range(num_groups):
         index_M = ((group_T == group) & valid_T).nonzero().squeeze(1)
-        count = min(math.ceil(factor * len(index_M) / num_experts), len(index_M))
+        count = places(len(index_M), num_experts, factor)
         if count:
             picked_EX = topk_indices(select_TE[index_M].T, count)
             chosen_TE[index_M[picked_EX], torch.arange(num_experts, device=index_M.device)[:, None]] = True
     return chosen_TE & (select_TE > float("-inf"))
+
+
+def places(tokens: int, num_experts: int, factor: float) -> int:
+    """How many of ``tokens`` an expert takes."""
+    return min(math.ceil(factor * tokens / num_experts), tokens)
 
 
 class ExpertChoice(LinearRouter):
@@ -64,6 +69,12 @@ class ExpertChoice(LinearRouter):
         logits_TC = self.logits(x_TD)
         probability_TC = logits_TC.softmax(-1)
         return Scores(logits_TC, probability_TC.detach(), probability_TC, probability_TC)
+
+    def real_per_token(self, length: int) -> float | None:
+        """See Router; for sequences without padding. Over a batch, whose size is not known here, it is not rounded."""
+        if self.config.over == "batch":
+            return min(self.config.capacity_factor, float(self.num_experts))
+        return places(length, self.num_experts, self.config.capacity_factor) * self.num_experts / length
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
         """See Router."""

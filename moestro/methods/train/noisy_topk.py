@@ -14,6 +14,7 @@ from moestro.core.bank import Bank
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext
+from moestro.core.cost import Work
 from moestro.core.errors import ConfigError
 from moestro.core.router import LinearRouter, choose_topk, exact_linear
 from moestro.core.routing import Routing, Scores
@@ -58,6 +59,10 @@ class NoisyTopK(LinearRouter):
         expert_TK = choose_topk(scores.select_TC, self.config.top_k)
         weight_TK = self.weigh(scores.gate_TC.gather(1, expert_TK))
         return Routing.from_topk(expert_TK, weight_TK, num_experts=self.num_experts, scores=scores)
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations for one token: the noise has a matrix of its own, which only training uses."""
+        return 2.0 * self.weight.numel() * (2 if work.training else 1)
 
     def weigh(self, gate_TK: Tensor) -> Tensor:
         """See Router."""

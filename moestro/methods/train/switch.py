@@ -81,6 +81,10 @@ class Switch(LinearRouter):
             expert_TK, weight_TK, num_experts=self.num_experts, scores=scores, causal=self.causal, kept_TK=kept_TK
         )
 
+    def real_per_token(self, length: int) -> float | None:
+        """See Router: 1 unless a capacity drops some."""
+        return 1 if self.config.capacity is None and self.config.capacity_factor is None else None
+
     def capacity(self, ctx: RoutingContext) -> int | None:
         """Places an expert has in each row of this forward."""
         if self.config.capacity_factor is None or ctx.tokens is None:

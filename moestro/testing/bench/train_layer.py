@@ -13,14 +13,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moestro import ops
-from moestro.testing.bench.harness import Arm, Row, interleave, time_rows
+from moestro.testing.bench.harness import Arm, Row, interleave, peak, reset_peak, time_rows
 
 
 @dataclass(frozen=True)
@@ -184,20 +183,10 @@ def print_peak(shape: str, tokens: str, arm: str) -> None:
     other.to_empty(device="meta")
     arms.block.to_empty(device="meta")
     ctypes.CDLL(None).malloc_trim(0)  # what building the arms left behind must not serve the step unseen
-    before = _reset_peak()
+    before = reset_peak()
     for _ in range(3):
         step()
-    print(_peak() - before + weights)
-
-
-def _reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark restarts from the present size
-    return _peak()
-
-
-def _peak() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    print(peak() - before + weights)
 
 
 def run(rounds: int) -> list[Row]:
