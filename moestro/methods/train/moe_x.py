@@ -178,7 +178,7 @@ class SparsityRouter(Router):
 
         Raises:
             ConfigError: the bank does not hold this router's experts, or they do not take rows like ``x_TD``.
-            NonFiniteError: a token that is no padding holds a NaN or an infinity.
+            NonFiniteError: a token that is no padding, or an expert's matrix, holds a NaN or an infinity.
         """
         found = self._moments(bank)
         if found.mean_ED.shape[1] != x_TD.shape[1]:
@@ -187,7 +187,7 @@ class SparsityRouter(Router):
                 f"{found.mean_ED.shape[1]} wide and it is {x_TD.shape[1]}; behind a projection use another router"
             )
         logits_TC = sparsity_scores(x_TD, found, self.config.eps)
-        self._check_finite(logits_TC, ctx)
+        self._check_finite(x_TD, logits_TC, ctx)
         return Scores(logits_TC, logits_TC.detach(), logits_TC)
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
@@ -230,18 +230,22 @@ class SparsityRouter(Router):
                 )
         return found
 
-    def _check_finite(self, logits_TC: Tensor, ctx: RoutingContext) -> None:
-        finite_TC = logits_TC.detach().isfinite()
-        if finite_TC.all():
-            return
-        odd_T = ~finite_TC.all(-1)
+    def _check_finite(self, x_TD: Tensor, logits_TC: Tensor, ctx: RoutingContext) -> None:
+        odd_TC = ~logits_TC.detach().isfinite()
         if ctx.tokens is not None:
-            odd_T = odd_T & ctx.tokens.valid_T
+            odd_TC = odd_TC & ctx.tokens.valid_T[:, None]
+        if not odd_TC.any():
+            return
+        odd_T = odd_TC.any(1) & ~x_TD.isfinite().all(1)
         if odd_T.any():
             raise NonFiniteError(
                 f"{self.where}: the router's input holds a NaN or an infinity in {int(odd_T.sum())} of {len(odd_T)} "
                 f"tokens, first in token {int(odd_T.nonzero()[0, 0])}; look at the layer before"
             )
+        raise NonFiniteError(
+            f"{self.where}: the first matrix of expert {int(odd_TC.any(0).nonzero()[0, 0])} holds a NaN or an "
+            "infinity, or is too large to square; go back to a checkpoint and lower the learning rate"
+        )
 
 
 def _marks(bank: StackedFFN) -> list[_Mark]:
