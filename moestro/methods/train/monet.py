@@ -173,14 +173,21 @@ class MonetLayer(nn.Module):
         brings all back.
 
         Raises:
-            ConfigError: pairs that do not exist, or another shape.
+            ConfigError: pairs that do not exist, another shape, or numbers that are neither bool nor whole.
         """
         if isinstance(pairs, Tensor) and pairs.dtype == torch.bool:
             if pairs.shape != self.open.shape:
                 raise ConfigError(f"{self.site}: a mask of {tuple(pairs.shape)} for experts {tuple(self.open.shape)}")
             self.open &= ~pairs.to(self.open.device)
             return
-        index_P2 = torch.as_tensor(pairs if isinstance(pairs, Tensor) else list(pairs), dtype=torch.int64).view(-1, 2)
+        index_P2 = pairs if isinstance(pairs, Tensor) else _table(pairs)
+        whole = not (index_P2.is_floating_point() or index_P2.is_complex())
+        if not whole or index_P2.ndim != 2 or index_P2.shape[1] != 2:
+            shape = f"{tuple(index_P2.shape)} of {str(index_P2.dtype).removeprefix('torch.')}"
+            raise ConfigError(
+                f"{self.site}: a mask is pairs (first, second) of whole numbers or bool {tuple(self.open.shape)}, "
+                f"got {shape}"
+            )
         if index_P2.numel() and not 0 <= int(index_P2.min()) <= int(index_P2.max()) < len(self.open):
             raise ConfigError(
                 f"{self.site}: halves are numbered 0 to {len(self.open) - 1}, got {index_P2.tolist()[:3]}"
