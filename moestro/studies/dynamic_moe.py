@@ -27,32 +27,21 @@ from moestro.data.corpora import corpus
 from moestro.data.dataset import Dataset
 from moestro.data.packing import IGNORE, Packed, pack
 from moestro.methods.train.dynamic_moe import TopP, calibrate_p, rank, take_first
-from moestro.studies._framework import (
-    BUDGETS,
-    Arm,
-    Beats,
-    Budget,
-    Claim,
-    NotWorse,
-    Study,
-    Within,
-)  # fmt: skip
+from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, NotWorse, Study, Within
 from moestro.studies._language import Scale, llama, train
 from moestro.training.objectives import Causal
 
 
 EXPERTS, P = 8, 0.4
 MIXTURES = 2
-# The paper's weights of the mean over layers; the loop adds layers up.
-BALANCE = 1e-2 / MIXTURES
-USUAL = 1e-4 / MIXTURES
+BALANCE, USUAL = 1e-2 / MIXTURES, 1e-4 / MIXTURES  # the paper weighs means over layers; the loop adds layers up
 ENTROPY = {"top_p": USUAL, "no_entropy": 0.0, "more_entropy": 100 * USUAL, "renormalised": USUAL}
 TOP_K = {"top_1": 1, "top_2": 2, "top_2_renormalised": 2}
 IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 
 
 def scale(budget: Budget) -> Scale:
-    """A small run for each budget; tokens are bytes, 0 closes a file."""
+    """Tokens are bytes, 0 closes a file."""
     return budget.pick(
         ci=Scale(vocabulary=257, layers=4, dim=16, inner=16, heads=2, length=32, batch=4, steps=4, heldout=8),
         micro=Scale(vocabulary=257, layers=4, dim=64, inner=64, heads=2, length=64, batch=8, steps=80, heldout=64),
@@ -148,9 +137,6 @@ def trained(kind: str, seed: int, name: str, size: Scale) -> tuple[nn.Module, di
     with session(recorder=course):
         train(model, data_of(size, name)[0], size, seed, losses={key: weights[key] for key in losses})
     return model.eval(), course.numbers()
-
-
-# -- measurements -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -395,9 +381,7 @@ STUDY = Study(
             text="top-p, entropy loss of weight 1e-2: is 1e-4 too weak for a short run?",
             role="reference",
         ),
-        Arm(
-            name="renormalised", text="top-p, weights divided by their sum: is it the output's scale?", role="reference"
-        ),
+        Arm(name="renormalised", text="top-p, weights divided by their sum: is it the scale?", role="reference"),
         Arm(name="top_2_renormalised", text="top-2, weights divided by their sum, to compare", role="reference"),
     ),
     run=run,

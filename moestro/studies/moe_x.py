@@ -229,11 +229,11 @@ STUDY = Study(
     title="Units that can be read",
     setting=(
         "Llama models (3 layers, width 96) with feed-forwards of 384 hidden units, or 8 experts of 192 with 2 active, "
-        "on 8000 games of 24 random legal chess moves, two tokens a move; no gate, no bias, balance loss 0.01 (the Switch "
-        "Transformer's) in every mixture. All arms but the short one see the same tokens. The probe asks the middle "
-        "layer on 400 other games what stands on each square (mine, theirs, empty), and what shuffled labels reach is "
-        "subtracted. Units count as active above 0 behind ReLU and beyond 0.05 on either side behind GELU, the routing "
-        "weight included. The paper trains 8 layers of width 512 for up to 600,000 steps."
+        "on 8000 games of 24 random legal chess moves, two tokens a move; no gate, no bias, balance loss 0.01 (that of "
+        "Switch Transformers) in every mixture. All arms but the short one see the same tokens. The probe asks the "
+        "middle layer on 400 other games what stands on each square (mine, theirs, empty), and what shuffled labels "
+        "reach is subtracted. Units count as active above 0 behind ReLU and beyond 0.05 on either side behind GELU, "
+        "the routing weight included. The paper trains 8 layers of width 512 for up to 600,000 steps."
     ),
     claims=(
         Claim(

@@ -279,9 +279,10 @@ STUDY = Study(
     setting=(
         "A Llama model (4 layers, width 128) whose feed-forward layers have equal parameters: 2304 Monet experts (48 "
         "halves of each kind, width 8, 4 routing heads, a router for 2 layers), 8 ordinary experts (gelu, where the "
-        "others have a squared relu) with 2 active, or one dense layer. 240 steps of 1024 tokens, a quarter each of Python, English prose, German prose (short, read "
-        "many times) and C++. Experts are found on training text and masked on held-out text, where the change of the "
-        "loss is measured. The paper has 262,144 experts a layer, 850 million parameters and more, and benchmarks."
+        "others have a squared relu) with 2 active, or one dense layer. 240 steps of 1024 tokens, a quarter each of "
+        "Python, English prose, German prose (short, read many times) and C++. Experts are found on training text and "
+        "masked on held-out text, where the change of the loss is measured. The paper has 262,144 experts a layer, 850 "
+        "million parameters and more, and benchmarks."
     ),
     claims=(
         Claim(

@@ -1,8 +1,8 @@
 """How readable the hidden units of a mixture are: which facts about a token single units tell.
 
 The code of a token is z [F], F = E I: for each of its experts the routing weight times what enters the down projection,
-0 for all others. A classifier is a unit f with a threshold t = i / levels of the unit's largest value on even sequences,
-i = 0 .. levels - 1: it says yes where z_f > t max z_f. Facts are boolean properties p of tokens.
+0 for all others. A classifier is a unit f with a threshold t = i / levels of the unit's largest value on even
+sequences, i = 0 .. levels - 1: it says yes where z_f > t max z_f. Facts are boolean properties p of tokens.
 
     coverage        mean over p of the best F1 that any classifier reaches on p
     reconstruction  on even sequences each classifier that says yes ``min_active`` times or more is given every p on

@@ -12,9 +12,8 @@ so that I (1 - z_j) / 2 units are expected to be positive: the k largest z are t
 weight = softmax of z over the chosen. The router has no weights of its own; 2 D E multiply-adds replace D E.
 
 With ReLU experts y = sum_j w_j W_down[j] relu(W_up[j] x) is one wide layer. Its code, all w_j relu(W_up[j] x) in a row
-[E I], is exactly 0 outside the chosen experts and sparse inside them. ``expert_size`` builds that layer. Left open, the
-router alone is built, for a mixture that exists (``router`` of ``train.moe`` or ``convert.upcycle``); of gated experts
-it reads the gate, whose sign decides over the unit when the activation is ReLU.
+[E I], is exactly 0 outside the chosen experts and sparse inside them. ``expert_size`` builds that layer; left open, the
+router alone, for any mixture. Of gated experts it reads the gate, whose sign decides over a ReLU unit.
 
 Source: MoE-X (2503.07639). Deviations: see the card at the end.
 """
@@ -32,6 +31,7 @@ from moestro.core.bank import Bank, HeterogeneousBank, StackedFFN
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext
+from moestro.core.cost import Work
 from moestro.core.errors import ConfigError, NonFiniteError
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
@@ -50,7 +50,7 @@ class Config(BaseConfig):
     Attributes:
         detach_stats: keep routing gradients away from the experts' weights; they still reach the token.
         eps: added to the variance. expert_size: I, inner width of the ReLU experts; None builds the router alone.
-        bias: whether those experts have biases. losses: name -> loss method, of the layer that expert_size builds.
+        bias: whether those experts have biases. losses: name -> loss method, of that layer.
     """
 
     num_experts: int = Field(default=8, ge=1)
@@ -114,8 +114,7 @@ def moments(rows_EID: Tensor, bias_EI: Tensor | None = None) -> Moments:
     with torch.autocast(rows_EID.device.type, enabled=False):
         mean_ED, variance_ED = RowMoments.apply(rows_EID.float())  # type: ignore[no-untyped-call]
         if bias_EI is None:
-            zero_E = mean_ED.new_zeros(len(mean_ED))
-            return Moments(mean_ED, variance_ED, zero_E, zero_E)
+            bias_EI = rows_EID.new_zeros(len(rows_EID), 1)
         return Moments(mean_ED, variance_ED, bias_EI.float().mean(1), bias_EI.float().var(1, correction=0))
 
 
@@ -141,8 +140,7 @@ def moments_of(bank: Bank) -> Moments:
     if isinstance(bank, HeterogeneousBank):
         parts = [moments_of(part) for part in bank.parts if isinstance(part, Bank)]
     else:
-        name = next((name for name in ("gate", "up") if name in bank.projections), None)
-        if name is None:
+        if (name := next((name for name in ("gate", "up") if name in bank.projections), None)) is None:
             raise ConfigError(
                 f"train.moe_x reads the first matrix of experts; those of {type(bank).__name__} have none"
             )
@@ -153,13 +151,14 @@ def moments_of(bank: Bank) -> Moments:
 class SparsityRouter(Router):
     """The router. It holds neither parameters nor buffers; the moments are taken anew in every forward.
 
-    In evaluation without gradients they are remembered until the weights' version changes, or ``train``/``eval`` is
-    called. (Writes through ``.data`` change no version: call ``eval()`` after them.)
+    In evaluation without gradients they are remembered until the weights' version changes (writes through ``.data``
+    change none) or ``train``/``eval`` is called.
     """
 
-    def __init__(self, config: Config, where: str = "") -> None:
+    def __init__(self, config: Config, dim: int, where: str = "") -> None:
         super().__init__(config.num_experts, top_k=config.top_k)
         self.config = config
+        self.dim = dim
         self.where = where
         self._compared = False
         self._remembered: tuple[list[_Mark], Moments] | None = None
@@ -168,6 +167,10 @@ class SparsityRouter(Router):
         """See torch.nn.Module."""
         self._remembered = None
         return super().train(mode)
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations for one token: products with means and with variances; taking these is no matrix product."""
+        return 4.0 * self.dim * self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what is remembered: a copy has weights of its own."""
@@ -267,7 +270,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     if config.expert_size is None:
         warn_if_dead(config.top_k, True, "train.moe_x")
         where = site.path if site.layer is None else f"{site.path} (layer {site.layer})"
-        return SparsityRouter(config, where)
+        return SparsityRouter(config, site.dim, where)
     balance = {"balance": MethodUse(method="train.balance_loss")}
     layer = method("train.moe")
     settings = {
