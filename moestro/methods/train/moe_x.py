@@ -269,8 +269,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The router of a mixture, or with ``expert_size`` the mixture with ReLU experts and a balance loss."""
     if config.expert_size is None:
         warn_if_dead(config.top_k, True, "train.moe_x")
-        where = site.path if site.layer is None else f"{site.path} (layer {site.layer})"
-        return SparsityRouter(config, site.dim, where)
+        return SparsityRouter(config, site.dim, site.path if site.layer is None else f"{site.path} (layer {site.layer})")
     balance = {"balance": MethodUse(method="train.balance_loss")}
     layer = method("train.moe")
     settings = {
