@@ -269,9 +269,9 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The router of a mixture, or with ``expert_size`` the mixture with ReLU experts and a balance loss."""
     if config.expert_size is None:
         warn_if_dead(config.top_k, True, "train.moe_x")
-        return SparsityRouter(config, site.dim, site.path if site.layer is None else f"{site.path} (layer {site.layer})")
+        where = site.path if site.layer is None else f"{site.path} (layer {site.layer})"
+        return SparsityRouter(config, site.dim, where)
     balance = {"balance": MethodUse(method="train.balance_loss")}
-    layer = method("train.moe")
     settings = {
         "num_experts": config.num_experts,
         "expert_size": config.expert_size,
@@ -281,7 +281,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         "router": {"method": "train.moe_x", "config": config.model_dump(include={"top_k", "detach_stats", "eps"})},
         "losses": balance if config.losses is None else config.losses,
     }
-    built: nn.Module = layer.build(site, layer.configure(settings), shared)
+    built: nn.Module = method("train.moe").build(site, method("train.moe").configure(settings), shared)
     return built
 
 
