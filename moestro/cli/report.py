@@ -30,8 +30,6 @@ def register(app: typer.Typer) -> None:
         samples: Path | None = typer.Option(None, "--samples", help="JSON file of texts the model wrote."),
     ) -> None:
         """Write a self-contained report: loads, labels, pairs, transitions, entropy, tokens, training, receipt."""
-        if out.exists() and not out.is_file():
-            raise ConfigError(f"{out}: exists and is not a file; give the report another name")
         found = collect(inputs)
         given = {"metrics": metrics, "receipt": receipt, "comparisons": comparisons, "samples": samples}
         found |= {name: path for name, path in given.items() if path is not None}
@@ -78,8 +76,9 @@ def collect(inputs: list[Path]) -> dict[str, Path]:
 def _run(found: dict[str, Path], out: Path, title: str | None, tokenizer: str | None, inputs: list[Path]) -> None:
     from moestro.core.trace import RoutingTrace
     from moestro.report import write
-    from moestro.report.page import read_json
+    from moestro.report.page import check_target, read_json
 
+    check_target(out)
     trace = RoutingTrace.open(found["trace"]) if "trace" in found else None
     samples = read_json(found["samples"]) if "samples" in found else None
     if samples is not None and not (isinstance(samples, list) and all(isinstance(one, dict) for one in samples)):

@@ -99,6 +99,7 @@ class ExpertSource(Config):
         redraw: share of inner units drawn anew from a normal distribution with the mean and standard deviation of the
             units they replace (drop-upcycling).
         mask: share of the weights of each matrix set to zero.
+        cut: share of inner units whose output is cut off: their columns of the down projection are zero.
         noise: standard deviation of Gaussian noise, relative to that of each matrix.
         scale_down: factor on the down projection, so that a split keeps the sum. scale_bias: factor on its bias.
         weight: factor in a weighted sum of several sources.
@@ -111,6 +112,7 @@ class ExpertSource(Config):
     permutation: list[int] | None = None
     redraw: float = Field(default=0.0, ge=0, le=1)
     mask: float = Field(default=0.0, ge=0, le=1)
+    cut: float = Field(default=0.0, ge=0, le=1)
     noise: float = Field(default=0.0, ge=0)
     scale_down: float = 1.0
     scale_bias: float = 1.0

@@ -9,7 +9,7 @@ from moestro.models.auto import MODEL_TYPE
 from moestro.models.checkpoint import Checkpoint
 from moestro.models.keymap import Entry, Mixture, Piece, Shape, check, choose_layout, entries
 from moestro.models.spec import FamilySpec, Layout
-from moestro.models.swap import mixtures, state_of
+from moestro.models.swap import SHARED, mixtures, state_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def _spelling(wanted: Mapping[str, Entry], opened: Checkpoint, spec: FamilySpec)
     change = max(changes, key=lambda change: sum(change(key) in present or change(key) in old for key in pieces))
 
     def spell(key: str) -> str:
+        if key.startswith(f"{SHARED}."):  # stands beside the base model in every head class
+            return key
         return old.get(change(key), change(key))
 
     return spell

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moestro.report.tokens import TokenView, token_view
 
 
 Record = Mapping[str, Any]
+DEEPEST = 32  # levels of nested facts that a page shows
 
 
 def write(
@@ -54,14 +55,19 @@ def write(
         The path.
 
     Raises:
-        ConfigError: nothing to report. DataError: a file that is missing or not what it should be.
-        TraceError: the trace cannot be read.
+        ConfigError: nothing to report, or a folder or a device stands at the path. DataError: a file that is missing or
+            not what it should be. TraceError: the trace cannot be read.
     """
+    check_target(path)
     if all(part is None for part in (trace, metrics, receipt, comparisons, samples)):
         raise ConfigError("nothing to report: give a trace, metrics, a receipt, comparisons or samples")
     opened = RoutingTrace.open(trace) if isinstance(trace, (str, Path)) else trace
     rows = read_metrics(metrics) if isinstance(metrics, (str, Path)) else metrics
-    facts = read_json(receipt)
+    facts, compared = read_json(receipt), read_json(comparisons)
+    for name, value in (("receipt", facts), ("comparisons", compared), ("samples", samples)):
+        _check_depth(name, value)
+    if not isinstance(facts, Mapping | None):
+        raise DataError("receipt: expected an object of facts")
     figures = routing_figures(opened) if opened is not None else None
     tokens = token_view(opened, tokenizer) if opened is not None else None
     charts = curves(rows) if rows else []
@@ -71,12 +77,34 @@ def write(
         figures=figures,
         tokens=tokens,
         curves=charts,
-        receipt=nodes(facts) if isinstance(facts, Mapping) else [],
-        comparison=_comparison(read_json(comparisons)),
+        receipt=nodes(facts or {}),
+        comparison=_comparison(compared),
         samples=[{str(key): plain(value) for key, value in sample.items()} for sample in samples or ()],
         payload=_payload(figures, tokens, charts),
     )
     return _replace(Path(path), html)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise ConfigError where a folder, a pipe or a device stands: a page is renamed into place, and would end it."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"{path}: exists and is not a file; give the report another name")
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Raise DataError for facts nested deeper than a page can show."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [part for item in level for part in _parts(item)]
+    if level:
+        raise DataError(f"{name}: nested more than {DEEPEST} levels deep; give flatter facts")
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """What the page takes apart, as ``nodes`` and ``plain`` do."""
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else ()
 
 
 def read_json(source: Any) -> Any:
@@ -96,12 +124,14 @@ def _comparison(source: Any) -> dict[str, Any] | None:
     if not source:
         return None
     whole = source if isinstance(source, Mapping) else {"rows": source}
-    rows = whole.get("rows", [])
-    if not rows or not all(isinstance(row, Mapping) for row in rows):
+    rows, sense = whole.get("rows"), whole.get("better", {})
+    if not rows or not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
         raise DataError("comparisons: expected a list of objects, one a row")
+    if not isinstance(sense, Mapping) or not all(better in ("higher", "lower") for better in sense.values()):
+        raise DataError('comparisons: "better" maps columns to "higher" or "lower"')
     head = list(dict.fromkeys(str(key) for row in rows for key in row))
     best = {}
-    for column, better in dict(whole.get("better", {})).items():
+    for column, better in sense.items():
         values = [row[column] for row in rows if isinstance(row.get(column), (int, float))]
         if values:
             best[column] = max(values) if better == "higher" else min(values)
@@ -127,7 +157,10 @@ def _payload(figures: RoutingFigures | None, tokens: TokenView | None, charts: S
         for chooser in (figures.pairs, figures.affinity):
             if chooser is not None:
                 choosers[chooser.name] = chooser.data
-        for chart in (figures.entropy, figures.tag_information, figures.affinity_chart):
+        many = figures.per_token
+        if many is not None:
+            heat[many.counts.name] = many.counts.data()
+        for chart in (many and many.means, figures.entropy, figures.tag_information, figures.affinity_chart):
             if chart is not None:
                 lines[chart.name] = chart.data()
     return {

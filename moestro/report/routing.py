@@ -8,6 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from moestro.core.trace import RoutingTrace
+from moestro.report.per_token import PerToken, per_token
 from moestro.report.plots import HeatMap, LineChart, Series
 from moestro.report.scale import Ints, information, transition_ratio
 from moestro.report.text import number, share, times
@@ -65,7 +66,7 @@ class RoutingFigures:
 
     tiles: list[tuple[str, str, str]]
     load: HeatMap | None = None
-    ragged: list[HeatMap] = field(default_factory=list)
+    per_token: PerToken | None = None
     layers: list[LayerRow] = field(default_factory=list)
     by_tag: list[tuple[str, str, HeatMap]] = field(default_factory=list)
     tags_left_out: int = 0
@@ -88,6 +89,10 @@ def routing_figures(trace: RoutingTrace) -> RoutingFigures:
     figures.load = _load_map(loads, "load", "assignments")
     tags = _tags(trace)
     figures.tags_left_out = max(0, len([tag for tag in trace.tags if tag]) - len(tags))
+    figures.per_token = per_token(trace, tags if len(tags) > 1 else [])
+    if figures.per_token is not None:
+        name, value, _ = figures.tiles[1]
+        figures.tiles[1] = (name, value, figures.per_token.note)
     if len(tags) > 1:
         figures.by_tag = _tag_maps(trace, tags)
         figures.special = _special(trace, tags)
@@ -114,8 +119,7 @@ def _tiles(trace: RoutingTrace, loads: dict[int, Ints]) -> list[tuple[str, str, 
         return tiles
     sizes = sorted({len(load) for load in loads.values()})
     slots = sorted({info.top_k for info in header.layers if info.top_k is not None})
-    ragged = any(info.top_k is None for info in header.layers)
-    choice = "varying number a token" if ragged else f"{' or '.join(map(str, slots))} a token"
+    choice = f"{' or '.join(map(str, slots))} a token" if slots else "varying number a token"
     tiles.append(("experts a layer", " – ".join(map(number, sizes[:1] + sizes[1:][-1:])), choice))
     tiles.append(("routed layers", number(len(loads)), f"layers {min(loads)} to {max(loads)}"))
     idle = sum(int((load == 0).sum()) for load in loads.values())

@@ -66,7 +66,7 @@ def make_tensor(
         sources: of the expert. name: of the tensor. read: where the donors' tensors come from.
         seed: of the plan. where: (layer, expert) that is made.
         moments: ``read`` gives an optimiser's state. It is taken, reordered and averaged like the weights it belongs
-            to; that of units drawn anew and of masked weights is zero; noise and scaling leave it alone.
+            to; that of units drawn anew and of masked or cut weights is zero; noise and scaling leave it alone.
     """
     total: Tensor | None = None
     for index, source in enumerate(sources):
@@ -103,6 +103,9 @@ def _altered(
     if source.mask and matrix:
         gone = torch.rand(tensor.shape, generator=draw("mask", name)) < source.mask
         tensor = tensor.masked_fill(gone.to(tensor.device), 0.0)
+    if source.cut and name == "down":
+        silent = torch.randperm(tensor.shape[1], generator=draw("cut"))[: int(source.cut * tensor.shape[1])]
+        tensor = tensor.index_fill(1, silent.to(tensor.device), 0.0)
     if source.noise and matrix:
         exact = _exact(tensor)
         normal = torch.randn(tensor.shape, generator=draw("noise", name), dtype=exact.dtype).to(tensor.device)

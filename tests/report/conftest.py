@@ -35,8 +35,25 @@ def make_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer)
 
 
-def lifelike(path, tokenizer, *, layers=12, experts=32, top_k=2, first=4, length=256, sequences=4, seed=0, texts=TEXTS):
-    """Record made-up routing: each token's experts follow its kind, its label and the layer before."""
+def lifelike(
+    path,
+    tokenizer,
+    *,
+    layers=12,
+    experts=32,
+    top_k=2,
+    first=4,
+    length=256,
+    sequences=4,
+    seed=0,
+    texts=TEXTS,
+    p=None,
+    nulls=0,
+):
+    """Record made-up routing: each token's experts follow its kind, its label and the layer before.
+
+    With ``p`` a token takes choices until their probability exceeds p; the last ``nulls`` choices are null experts.
+    """
     rng = np.random.default_rng(seed)
     kinds = 9
     taste = rng.normal(0, 1.1, (layers, kinds, experts))  # of kinds of tokens
@@ -62,7 +79,12 @@ def lifelike(path, tokenizer, *, layers=12, experts=32, top_k=2, first=4, length
                     scores = torch.from_numpy(logits).float()
                     weight, chosen = scores.softmax(-1).topk(top_k)
                     weight = weight / weight.sum(1, keepdim=True)
-                    routing = Routing.from_topk(chosen, weight, num_experts=experts)
+                    if p is None:
+                        routing = Routing.from_topk(chosen, weight, num_experts=experts - nulls, num_null=nulls)
+                    else:
+                        gate, order = scores.softmax(-1).sort(descending=True)
+                        used = torch.zeros_like(gate, dtype=torch.bool).scatter(1, order, gate.cumsum(-1) - gate <= p)
+                        routing = Routing.from_mask(used, scores, num_experts=experts - nulls, num_null=nulls)
                     writer.record(f"model.layers.{first + layer}.mlp", routing, ctx)
                     before = np.eye(experts)[chosen[:, 0].numpy()]
     return RoutingTrace.open(path)

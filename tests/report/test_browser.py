@@ -155,6 +155,35 @@ def test_no_complaint_no_request_no_sideways_scrolling(browser, path, width, dar
     assert browser.requests() == []
 
 
+@pytest.fixture(scope="module")
+def ragged(tokenizer, make_trace, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ragged")
+    trace = make_trace(folder / "x.trace", tokenizer, layers=6, experts=16, sequences=2, length=96, p=0.5, nulls=2)
+    return report.write(folder / "report.html", title="Top-p", trace=trace, tokenizer=tokenizer), trace
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_experts_a_token_fit_every_width_and_can_be_read(browser, ragged, width):
+    path, trace = ragged
+    browser.open(path, width=width)
+    assert browser.js("document.documentElement.scrollWidth") <= width
+    browser.js("document.getElementById('per-token-map').focus()")
+    browser.key("ArrowDown")
+    browser.key("ArrowRight")
+    told = browser.js("document.getElementById('per-token-map-read').textContent")
+    experts, counts = trace.layer(5).num_experts, [0, 0]
+    for number in range(trace.header.num_sequences):
+        for row in trace.tokens(number).expert[5][0].tolist():
+            used = sum(0 <= expert < experts for expert in row)
+            counts[used == 1] += used < 2
+    assert told.startswith(f"layer 5, experts 1: {counts[1]} tokens, "), told
+    browser.js("document.getElementById('per-token').focus()")
+    browser.key("End")
+    told = browser.js("document.getElementById('per-token-read').textContent")
+    assert told.startswith("layer 9: all tokens "), told
+    assert browser.complaints() == []
+
+
 def test_the_script_draws_what_was_written(browser, path):
     """Choosing another map and coming back redraws the first one from the numbers: the same shapes as Python's."""
     browser.open(path)

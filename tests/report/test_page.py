@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import re
 from collections import Counter
 from html.parser import HTMLParser
@@ -307,11 +308,92 @@ def test_top_one_ragged_and_empty_traces(tmp_path, tokenizer, make_trace):
     assert "pairs-section" not in page.ids()
     assert "affinity-section" not in page.ids()
     assert "label-section" not in page.ids()
+    assert "per-token-section" not in page.ids()
     from moestro.core.trace_writer import TraceWriter
 
     TraceWriter(tmp_path / "none.trace").close()
     empty = RoutingTrace.open(tmp_path / "none.trace")
     Page(report.write(tmp_path / "none.html", title="none", trace=empty).read_text(encoding="utf-8"))
+
+
+def by_hand(trace, layer, tag=None):
+    """Tokens by number of real experts, counted row by row from the sequences."""
+    counts = Counter()
+    for number in range(trace.header.num_sequences):
+        view = trace.tokens(number)
+        if tag is None or view.tags[0][0] == tag:
+            rows = view.expert[layer][0].tolist()
+            counts.update(sum(0 <= expert < trace.layer(layer).num_experts for expert in row) for row in rows)
+    return counts
+
+
+@pytest.mark.parametrize("how", [{"p": 0.5}, {"p": 0.5, "nulls": 3}, {"top_k": 3, "nulls": 5}])
+def test_experts_a_token_where_their_number_varies(tmp_path, tokenizer, make_trace, how):
+    trace = make_trace(tmp_path / "x.trace", tokenizer, layers=3, experts=9, sequences=2, length=64, **how)
+    html = report.write(tmp_path / "x.html", title="x", trace=trace).read_text(encoding="utf-8")
+    page = Page(html)
+    ids = page.ids()
+    assert {"per-token-section", "per-token", "per-token-map"} <= set(ids)
+    assert len(ids) == len(set(ids))
+    expected = [by_hand(trace, layer) for layer in trace.layers]
+    assert max(len(counts) for counts in expected) >= 3
+    drawn = page.payload()["heat"]["per-token-map"]
+    table = unpack(drawn["counts"]).reshape(3, -1)
+    assert table.tolist() == [[counts[number] for number in range(len(drawn["columns"]))] for counts in expected]
+    assert table[:, -1].any()
+    lines = {line["name"]: line["y"] for line in page.payload()["lines"]["per-token"]["series"]}
+    assert next(iter(lines)) == "all tokens"
+    assert set(lines) == {"all tokens", "code", "prose", "German"}
+    for tag, means in lines.items():
+        for layer, found in zip(trace.layers, means, strict=True):
+            counts = by_hand(trace, layer, None if tag == "all tokens" else tag)
+            assert found == pytest.approx(sum(k * n for k, n in counts.items()) / counts.total())
+    total = sum(expected, Counter())
+    tiles = words(html, '<dl class="tiles">', "</dl>")
+    average = sum(k * n for k, n in total.items()) / total.total()
+    assert f"{round(average, 2):.4g} a token, {min(total)} to {max(total)} " in tiles
+    text = words(html, 'id="per-token-section"')
+    for tag in ("code", "prose", "German"):
+        mine = sum((by_hand(trace, layer, tag) for layer in trace.layers), Counter())
+        none = f"{100 * mine[0] / mine.total():.1f} %"
+        said = f"{tag} {round(sum(k * n for k, n in mine.items()) / mine.total(), 3):.4g}"
+        assert re.search(rf"{said} [\d.]+× {none} {max(mine)}\b", text), (said, none, text)
+
+
+def recorded_once(path, routing, **session):
+    """A trace of one forward of one layer over four tokens of one row."""
+    from moestro.core.context import RoutingContext
+    from moestro.core.session import Session
+    from moestro.core.tokens import Tokens
+    from moestro.core.trace_writer import TraceWriter
+
+    tokens = Tokens(torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.tensor([True] * 4), None, 1, 4)
+    with TraceWriter(path) as writer:
+        writer.record("layers.0.mlp", routing, RoutingContext("model", Session(**session), tokens))
+    return Page(report.write(path.with_suffix(".html"), title="x", trace=path).read_text(encoding="utf-8"))
+
+
+def test_experts_a_token_where_capacity_drops_some(tmp_path):
+    """Two of four tokens lose their one expert: a regular top-1 then has a number that varies."""
+    from moestro.core.routing import Routing
+
+    routing = Routing.from_topk(torch.tensor([[0], [1], [0], [1]]), torch.ones(4, 1), num_experts=2)
+    assert "per-token-section" not in recorded_once(tmp_path / "all.trace", routing).ids()
+    dropped = routing.replace(kept_N=torch.tensor([True, True, False, False]))
+    page = recorded_once(tmp_path / "some.trace", dropped)
+    assert unpack(page.payload()["heat"]["per-token-map"]["counts"]).tolist() == [2, 2]
+
+
+def test_experts_a_token_by_a_label_of_single_tokens(tmp_path):
+    """Labels such as a token's difficulty: 3 and 1 experts where it is 1, 2 and 0 where it is 0."""
+    from moestro.core.routing import Routing
+
+    used = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 0, 1], [0, 0, 0]]).bool()
+    routing = Routing.from_mask(used, torch.ones(4, 3), num_experts=3)
+    page = recorded_once(tmp_path / "x.trace", routing, tags={"tag": torch.tensor([[1, 0, 1, 0]])})
+    lines = {line["name"]: line["y"] for line in page.payload()["lines"]["per-token"]["series"]}
+    assert lines == {"all tokens": [1.5], "1": [2.0], "0": [1.0]}
+    assert unpack(page.payload()["heat"]["per-token-map"]["counts"]).tolist() == [1, 1, 1, 1]
 
 
 def test_large_layers_show_their_busiest_experts(tmp_path, tokenizer, make_trace):
@@ -330,6 +412,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "bad.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "deep.json").write_text('{"a":' * 600 + "1" + "}" * 600)
+    deep = json.loads("[" * 600 + "]" * 600)
     for error, message, given in (
         (ConfigError, "nothing to report", {}),
         (DataError, "not a JSON file", {"receipt": tmp_path / "bad.json"}),
@@ -338,6 +423,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
         (DataError, "no line in it", {"metrics": tmp_path / "empty.jsonl"}),
         (DataError, "No such file", {"metrics": tmp_path / "none.jsonl"}),
         (DataError, "expected a list of objects", {"comparisons": [1, 2]}),
+        (DataError, "expected a list of objects", {"comparisons": {"rows": 3}}),
+        (DataError, "expected a list of objects", {"comparisons": {"rows": {"a": 1}}}),
+        (DataError, "expected a list of objects", {"comparisons": 3}),
+        (DataError, '"better" maps columns', {"comparisons": {"rows": [{"a": 1}], "better": 5}}),
+        (DataError, '"better" maps columns', {"comparisons": {"rows": [{"a": 1}], "better": {"a": "up"}}}),
+        (DataError, "receipt: expected an object", {"receipt": tmp_path / "list.json"}),
+        (DataError, "receipt: nested more than 32 levels", {"receipt": tmp_path / "deep.json"}),
+        (DataError, "comparisons: nested more than 32 levels", {"comparisons": [{"a": deep}]}),
+        (DataError, "samples: nested more than 32 levels", {"samples": [{"text": deep}]}),
         (TraceError, "no such trace", {"trace": tmp_path / "none.trace"}),
     ):
         with pytest.raises(error, match=message) as caught:
@@ -347,6 +441,26 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, recorded):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="the report was not written"):
         report.write(tmp_path / "file" / "x.html", title="x", receipt={"a": 1})
+
+
+def test_facts_as_deep_as_allowed_are_shown(tmp_path):
+    facts = json.loads('{"a":' * 32 + '"the end"' + "}" * 32)
+    assert "the end" in report.write(tmp_path / "x.html", title="x", receipt=facts).read_text(encoding="utf-8")
+    with pytest.raises(DataError, match="nested more than 32 levels"):
+        report.write(tmp_path / "x.html", title="x", receipt={"a": facts})
+
+
+def test_a_page_does_not_take_the_place_of_a_pipe_or_a_folder(tmp_path):
+    """It is renamed into place: what stands there must be a page, or a link to one."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(ConfigError, match=f"{name}: exists and is not a file"):
+            report.write(tmp_path / name, title="x", receipt={"a": 1})
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["folder", "link", "pipe"]
 
 
 def test_a_failed_write_keeps_the_old_page(tmp_path, monkeypatch):

@@ -125,3 +125,14 @@ def test_moments_follow_and_are_zero_where_weights_are_new() -> None:
     assert make("down_bias", source, moments=True).tolist() == [1.0, 2.0]
     masked = ExpertSource(layer=0, mask=0.5)
     assert torch.equal(make("up", masked, moments=True) == 0, make("up", masked) == 0)
+
+
+def test_cut_units_lose_their_output_only() -> None:
+    source = ExpertSource(layer=0, cut=0.67)  # floor(0.67 * 3) = 2 units
+    down = make("down", source)
+    gone = (down == 0).all(0)
+    assert int(gone.sum()) == 2
+    assert torch.equal(down[:, ~gone], DOWN[:, ~gone])
+    assert make("up", source) is TENSORS["up"]
+    assert make("down_bias", source) is TENSORS["down_bias"]
+    assert torch.equal(make("down", source, moments=True), down)  # here the moments read are the weights themselves

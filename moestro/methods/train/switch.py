@@ -11,8 +11,6 @@ While training, ``jitter`` j multiplies the router's input by uniform noise in [
 Source: Switch Transformers (2101.03961, section 2.2 and eq. 3).
 """
 
-import math
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
+from moestro.methods.train._parts.capacity import fair_share, within_capacity
 
 
 class Config(BaseConfig):
@@ -48,17 +47,6 @@ class Config(BaseConfig):
         return self
 
 
-def within_capacity(expert_T: Tensor, row_T: Tensor, num_rows: int, num_experts: int, capacity: int) -> Tensor:
-    """Which tokens find a place, bool [T]: the first ``capacity`` of each (row, expert) in the order of tokens."""
-    key_T = row_T * num_experts + expert_T
-    order_T = torch.sort(key_T, stable=True).indices
-    count_X = torch.bincount(key_T, minlength=num_rows * num_experts)
-    start_X = count_X.cumsum(0) - count_X
-    place_T = torch.empty_like(key_T)
-    place_T[order_T] = torch.arange(len(key_T), device=key_T.device) - start_X[key_T[order_T]]
-    return place_T < capacity
-
-
 class Switch(LinearRouter):
     """The router."""
 
@@ -71,6 +59,7 @@ class Switch(LinearRouter):
         """See Router."""
         jitter = self.config.jitter
         if self.training and jitter:
+            x_TD = x_TD.float()  # a narrower type has few numbers around 1
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TC = self.logits(x_TD)
         probability_TC = logits_TC.softmax(-1)
@@ -100,7 +89,7 @@ class Switch(LinearRouter):
         """Places an expert has in each row of this forward."""
         if self.config.capacity_factor is None or ctx.tokens is None:
             return self.config.capacity
-        return math.ceil(self.config.capacity_factor * ctx.tokens.width / self.num_experts)
+        return fair_share(ctx.tokens.width, self.num_experts, self.config.capacity_factor)
 
 
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:

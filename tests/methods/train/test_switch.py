@@ -41,10 +41,10 @@ def test_dropped_tokens_pass_by_and_still_count_as_demand() -> None:
     assert routing.real().token_N.tolist() == [0, 3]
 
 
-@pytest.mark.parametrize(("factor", "places"), [(1.0, 2), (1.25, 3), (2.0, 4)])
-def test_the_capacity_factor_is_a_multiple_of_the_fair_share(factor: float, places: int) -> None:
+@pytest.mark.parametrize(("factor", "width", "places"), [(1.0, 8, 2), (1.25, 8, 3), (2.0, 8, 4), (1.1, 200, 55)])
+def test_the_capacity_factor_is_a_multiple_of_the_fair_share(factor: float, width: int, places: int) -> None:
     router = build("train.switch", num_experts=4, capacity_factor=factor)
-    assert router.capacity(context(3, 8)) == places
+    assert router.capacity(context(3, width)) == places
 
 
 def test_jitter_only_while_training() -> None:
@@ -55,6 +55,16 @@ def test_jitter_only_while_training() -> None:
     clean = router.eval().score(x, None, ctx).logits_TC
     torch.testing.assert_close(clean, x @ router.weight.T)
     assert not torch.allclose(noisy, clean)
+
+
+def test_jitter_is_finer_than_the_models_type() -> None:
+    """In bfloat16 there are four numbers between 0.99 and 1.01; the router is a float32 one."""
+    router = build("train.switch", num_experts=6, jitter=0.01).train()
+    with torch.no_grad():
+        router.weight.copy_(torch.eye(6))
+    noise = router.score(torch.ones(20_000, 6, dtype=torch.bfloat16), None, context(1, 20_000)).logits_TC
+    assert noise.var().item() == pytest.approx(0.02**2 / 12, rel=0.02)
+    assert 0.99 <= noise.min() < noise.max() <= 1.01
 
 
 def test_two_capacities_are_refused() -> None:
