@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
 
         Runs whose recipes differ in the seed alone are put together. Besides the loss at the end, the table has the
         loss at the operations and at the time that every run reached: of runs that differ in cost, these are the fair
-        figures. Operations are those that ran, counted with the experts that tokens really used.
+        figures. Operations are those that ran, counted with the experts that tokens really used. Runs with another
+        tokenizer, objective or held-out text are refused: their losses are no two numbers of one kind.
         """
         from moestro.report.compare import draw, summary, table
         from moestro.report.results import read_entries
@@ -39,6 +40,8 @@ def register(app: typer.Typer) -> None:
             print(json.dumps(found, indent=1))
         else:
             _show(table(found))
+            for line in found["notes"]:
+                print(f"note: {line}")
             print(f"\ndrawn in {out}")
 
 

@@ -14,6 +14,9 @@ from moestro.report.text import number
 
 
 Cost = Callable[[Point], float]
+HEIGHT, ROW = 3.2, 0.26  # inches: of a panel at least, and of an entry's row
+OPERATIONS = "operations of training"
+LONGEST, FEW = 34, 6  # letters of a name in a figure; entries that still fit a legend
 
 
 def equal(entries: Sequence[Entry], cost: Cost) -> tuple[float, dict[str, list[float]]]:
@@ -55,6 +58,7 @@ def summary(entries: Sequence[Entry]) -> dict[str, Any]:
     at_flops, by_flops = equal(entries, flops)
     at_seconds, by_seconds = equal(entries, seconds)
     return {
+        "notes": notes(entries),
         "equal_flops": _or_none(at_flops),
         "equal_seconds": _or_none(at_seconds),
         "entries": [
@@ -75,6 +79,17 @@ def summary(entries: Sequence[Entry]) -> dict[str, Any]:
             for entry in entries
         ],
     }
+
+
+def notes(entries: Sequence[Entry]) -> list[str]:
+    """What keeps losses from being compared though nothing is wrong with them, a line each."""
+    kinds = list(dict.fromkeys(entry.kind for entry in entries))
+    said = []
+    if len(kinds) > 1:
+        said.append(f"losses of {len(kinds)} kinds ({', '.join(kinds)}): compare within a kind only")
+    elif len({entry.data for entry in entries}) > 1:
+        said.append("studies have data and tokenizers of their own: compare losses within a study only")
+    return said
 
 
 def _seed(seed: Seed) -> dict[str, Any]:
@@ -132,38 +147,59 @@ def _loss(value: float | None) -> str:
 def draw(entries: Sequence[Entry], path: str | Path) -> Path:
     """Draw the loss of every entry, and against operations, wall time and parameters where they are known.
 
-    Seeds are dots, or a band from the lowest to the highest around their mean.
+    Seeds are dots, or a band from the lowest to the highest around their mean. An entry has one colour in all panels.
 
     Raises:
         ConfigError: an ending other than .svg and .png. DataError: the file cannot be written.
     """
     panels: list[Callable[[Any], None]] = [lambda axes: _final(axes, entries)]
-    for cost, name in ((flops, "operations of training"), (seconds, "seconds of training")):
-        runs = {entry.name: _band(entry, cost) for entry in entries}
-        runs = {name: band for name, band in runs.items() if band is not None}
-        dots = _dots([e for e in entries if e.name not in runs], lambda seed, c=cost.__name__: getattr(seed, c))
-        if runs or dots:
-            panels.append(lambda axes, r=runs, d=dots, n=name: _against(axes, r, d, n))
+    for cost, name in ((flops, OPERATIONS), (seconds, "seconds of training")):
+        lines = {entry.name: band for entry in entries if (band := _band(entry, cost)) is not None}
+        rest = [entry for entry in entries if entry.name not in lines]
+        dots = _dots(rest, lambda seed, c=cost.__name__: getattr(seed, c))  # type: ignore[misc]
+        if lines or dots:
+            panels.append(lambda axes, r=lines, d=dots, n=name: _against(axes, entries, r, d, n))  # type: ignore[misc]
     dots = _dots(entries, lambda seed: math.nan if seed.parameters is None else seed.parameters)
     if dots:
-        panels.append(lambda axes: _against(axes, {}, dots, "parameters"))
-    figure, all_axes = figures.new(len(panels))
+        panels.append(lambda axes: _against(axes, entries, {}, dots, "parameters"))
+    tall = max(HEIGHT, 0.6 + ROW * len(entries))
+    figure, all_axes = figures.new(len(panels), width=5.2, height=tall, columns=2)
     for draw_panel, axes in zip(panels, all_axes, strict=True):
         draw_panel(axes)
     return figures.save(figure, path)
 
 
 def _final(axes: Any, entries: Sequence[Entry]) -> None:
-    kinds = " / ".join(dict.fromkeys(entry.kind for entry in entries))
-    values = {entry.name: [seed.loss for seed in entry.seeds] for entry in entries}
-    figures.arms(axes, values, unit=kinds, title="Loss at the end")
+    values = {_short(entry.name): [seed.loss for seed in entry.seeds] for entry in entries}
+    figures.arms(axes, values, unit=_kinds(entries), title="Loss at the end")
 
 
-def _against(axes: Any, runs: Mapping[str, Any], dots: Mapping[str, Any], name: str) -> None:
-    if runs:
-        figures.curves(axes, runs, x_name=name, y_name="loss", title=f"Loss against {name}")
-    if dots:
-        figures.points(axes, dots, x_name=name, y_name="loss", title=f"Loss against {name}", first=len(runs))
+def _short(name: str) -> str:
+    """A name that leaves room for the panel."""
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2]}\u2026{name[-(LONGEST // 2 - 1) :]}"
+
+
+def _kinds(entries: Sequence[Entry]) -> str:
+    kinds = list(dict.fromkeys(entry.kind for entry in entries))
+    return f"loss: {kinds[0]}" if len(kinds) == 1 else "loss, of several kinds"
+
+
+def _against(axes: Any, entries: Sequence[Entry], lines: Mapping[str, Any], dots: Mapping[str, Any], name: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    names = {"x_name": name, "y_name": _kinds(entries), "title": f"Loss against {name}"}
+    for place, entry in enumerate(entries):
+        if entry.name in lines:
+            figures.curves(axes, {_short(entry.name): lines[entry.name]}, first=place, **names)
+        elif entry.name in dots:
+            figures.points(axes, {_short(entry.name): dots[entry.name]}, first=place, **names)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axes.get_legend() is not None:
+        axes.get_legend().remove()  # drawn by one entry's call; colours are told by the first panel
+    if len(lines) in range(2, FEW + 1) and name == OPERATIONS:
+        with figures.style():
+            axes.legend(loc="best")
 
 
 def _band(entry: Entry, cost: Cost) -> tuple[list[float], list[list[float]]] | None:

@@ -45,15 +45,19 @@ def style() -> Iterator[None]:
         yield
 
 
-def new(panels: int = 1, *, width: float = 4.6, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
-    """A figure with panels side by side, each ``width`` by ``height`` inches."""
+def new(
+    panels: int = 1, *, width: float = 4.6, height: float = 3.0, columns: int | None = None
+) -> "tuple[Figure, list[Axes]]":
+    """A figure with panels, each ``width`` by ``height`` inches, side by side or at most ``columns`` in a row."""
     if panels < 1:
         raise ConfigError(f"panels={panels}; a figure needs at least 1")
+    across = min(panels, columns or panels)
+    rows = -(-panels // across)
     with style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width * panels, height), layout="constrained")
-        return figure, [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
+        figure = Figure(figsize=(width * across, height * rows), layout="constrained")
+        return figure, [figure.add_subplot(rows, across, place + 1) for place in range(panels)]
 
 
 def arms(
@@ -104,18 +108,19 @@ def curves(
     y_name: str = "",
     title: str = "",
     log: bool = False,
+    first: int = 0,
 ) -> None:
     """One line an arm: the mean over seeds, with a band from the lowest to the highest seed.
 
     Args:
         runs: arm -> (x [n], one list of y [n] a seed). threshold: a horizontal line, named ``threshold_text``.
-        log: logarithmic y axis.
+        log: logarithmic y axis. first: how many colours the panel has used already.
 
     Raises:
         DataError: lists of different lengths.
     """
     with style():
-        for place, (arm, (x, seeds)) in enumerate(runs.items()):
+        for place, (arm, (x, seeds)) in enumerate(runs.items(), first):
             lengths = {len(x), *map(len, seeds)}
             if len(lengths) != 1 or not seeds:
                 raise DataError(

@@ -55,12 +55,17 @@ class Seed:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared: a recipe or an arm, with its seeds. kind: whose loss it is (held out, training, a metric)."""
+    """What is compared: a recipe or an arm, with its seeds.
+
+    Attributes:
+        kind: whose loss it is (held out, training, a metric). data: losses of different data are not comparable.
+    """
 
     name: str
     source: str
     kind: str
     seeds: tuple[Seed, ...] = field(default=())
+    data: str = ""
 
     @property
     def mean(self) -> float:
@@ -81,14 +86,17 @@ def read_entries(paths: Iterable[str | Path]) -> list[Entry]:
     All runs give their held-out loss if each has one, else all give their training loss, smoothed.
 
     Raises:
-        DataError: a path that is neither, a damaged file, nothing given.
+        DataError: a path that is neither, a damaged file, a loss that is not finite, runs whose losses are of
+            different tokenizers, objectives or texts, nothing given.
     """
     runs: list[tuple[Path, dict[str, Any], list[dict[str, Any]]]] = []
     found: list[Entry] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; give folders of runs, or records of studies")
         if path.is_dir():
             facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-            if not isinstance(facts, dict) or not isinstance(facts.get("recipe", {}), dict):
+            if not isinstance(facts, dict) or any(not isinstance(facts.get(k, {}), dict) for k in ("recipe", "size")):
                 raise DataError(f"{path / 'run.json'}: not what `moestro train` writes; train the recipe again")
             runs.append((path, facts, read_metrics(path)))
         elif path.suffix == ".json":
@@ -96,6 +104,7 @@ def read_entries(paths: Iterable[str | Path]) -> list[Entry]:
         else:
             raise DataError(f"{path}: not a run's folder and not a study's record; give either")
     heldout = all(any(isinstance(row.get("heldout"), Mapping) for row in rows) for _, _, rows in runs)
+    _check_comparable(runs, heldout)
     found = [*_grouped(runs, heldout), *found]
     if not found:
         raise DataError("nothing to compare: give the folders of runs, or records of studies")
@@ -113,6 +122,51 @@ def _named_apart(entries: Sequence[Entry]) -> list[Entry]:
 # -- runs ---------------------------------------------------------------------------------------------------------
 
 
+def _check_comparable(runs: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]], heldout: bool) -> None:
+    """Raise DataError for two runs whose losses are not numbers of one kind. Runs that tell nothing are let through."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for path, facts, _ in runs:
+        for what, value in _measured_on(facts.get("recipe", {}), heldout).items():
+            told = json.dumps(value, sort_keys=True)
+            before, other = seen.setdefault(what, (told, path))
+            if told != before:
+                one, two = _difference(json.loads(before), value)
+                raise DataError(
+                    f"{other} and {path} cannot be compared: their {what} differ ({one} and {two}); "
+                    f"compare runs of one {what}"
+                )
+
+
+def _measured_on(recipe: Mapping[str, Any], heldout: bool) -> dict[str, Any]:
+    """What a run's loss depends on besides model and training; a learned tokenizer is told by the text it is of."""
+    data, held = recipe.get("data"), recipe.get("eval")
+    if not isinstance(data, Mapping):
+        return {}
+    tokenizer, text = str(data.get("tokenizer")), None
+    if tokenizer.startswith("bpe:"):
+        text = data.get("sources")
+    elif tokenizer == "model":
+        text = (recipe.get("model") or {}).get("load")
+    found = {"tokenizer": [tokenizer, text], "objective": recipe.get("objective")}
+    if heldout and isinstance(held, Mapping):
+        own = held.get("data") or {}
+        found["held-out text"] = [own.get("sources"), held.get("limit"), data.get("sequence_length")]
+    if not heldout:
+        found["training text"] = [data.get("sources"), data.get("sequence_length")]
+    return found
+
+
+def _difference(one: Any, two: Any) -> tuple[str, str]:
+    """The innermost parts of two JSON values that differ, shortened."""
+    while type(one) is type(two) and isinstance(one, (list, dict)) and len(one) == len(two):
+        keys = range(len(one)) if isinstance(one, list) else sorted(one)
+        if isinstance(one, dict) and set(one) != set(two):
+            break
+        key = next(key for key in keys if one[key] != two[key])
+        one, two = one[key], two[key]
+    return tuple(text if len(text) < 60 else f"{text[:57]}..." for text in map(json.dumps, (one, two)))  # type: ignore[return-value]
+
+
 def _grouped(runs: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]], heldout: bool) -> list[Entry]:
     """Runs of one recipe together."""
     groups: dict[str, list[Seed]] = {}
@@ -122,9 +176,16 @@ def _grouped(runs: Sequence[tuple[Path, dict[str, Any], list[dict[str, Any]]]], 
         rest = {name: value for name, value in recipe.items() if name not in ("seed", "name")}
         key = json.dumps(rest, sort_keys=True) if rest else str(path)
         about.setdefault(key, (str(recipe.get("name") or path.name), str(path)))
-        groups.setdefault(key, []).append(_run(path, facts, rows, heldout))
+        groups.setdefault(key, []).append(_seed(path, facts, rows, heldout))
     kind = "held out" if heldout else "training, smoothed"
     return [Entry(*about[key], kind, tuple(seeds)) for key, seeds in groups.items()]
+
+
+def _seed(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], heldout: bool) -> Seed:
+    try:
+        return _run(path, facts, rows, heldout)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise DataError(f"{path}: a row of its metrics is not what `moestro train` writes ({error})") from None
 
 
 def _run(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], heldout: bool) -> Seed:
@@ -141,6 +202,9 @@ def _run(path: Path, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
         ]
     else:
         losses = list(zip((row["step"] for row in steps), smooth([float(row["loss"]) for row in steps]), strict=True))
+    bad = next((step for step, loss in losses if not math.isfinite(loss)), None)
+    if bad is not None:
+        raise DataError(f"{path}: the loss at step {bad} is not a finite number; the run diverged, leave it out")
     curve = [Point(step, loss, flops[place[step]], seconds[place[step]]) for step, loss in losses if step in place]
     if not curve:
         raise DataError(f"{path}: its rows hold no loss; the run has not made a step")
@@ -184,13 +248,19 @@ def _study(path: Path) -> list[Entry]:
         loss = next((name for name in measured if "loss" in name), None)
         if loss is None:
             continue
-        values = {name: found["seeds"] for name, found in measured.items()}
-        costs = _costs(values, units)
-        seeds = tuple(
-            Seed(int(seed), float(value), **{what: of[seed] for what, of in costs.items() if seed in of})
-            for seed, value in values[loss].items()
-        )
-        entries.append(Entry(f"{path.stem}: {arm}", str(path), f"{loss} ({units.get(loss, 'no unit')})", seeds))
+        try:
+            values = {name: found["seeds"] for name, found in measured.items()}
+            costs = _costs(values, units)
+            seeds = tuple(
+                Seed(int(seed), float(value), **{what: of[seed] for what, of in costs.items() if seed in of})
+                for seed, value in values[loss].items()
+            )
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise DataError(f"{path}: arm {arm!r} does not hold numbers by seed; run `moestro study` again") from None
+        if not seeds or not all(math.isfinite(seed.loss) for seed in seeds):
+            raise DataError(f"{path}: {loss} of arm {arm!r} is missing or not a finite number in some seed")
+        kind = f"{loss} ({units.get(loss, 'no unit')})"
+        entries.append(Entry(f"{path.stem}: {arm}", str(path), kind, seeds, data=str(path)))
     if not entries:
         known = ", ".join(dict.fromkeys(name for measured in record["measured"].values() for name in measured))
         raise DataError(f"{path}: none of its metrics is a loss; it has {known or 'none'}")

@@ -2,7 +2,8 @@
 
     dense             every mixture becomes a dense feed-forward of the operations that a token's experts, shared branch
                       and projections take; only the router is not paid for
-    topk              the same layers, routed by ``train.softmax_topk`` with as many real assignments a token
+    topk              the same layers, routed by ``train.softmax_topk`` with as many real assignments a token; where no
+                      whole numbers come within 1 %, the number of steps makes the operations equal
     equal_flops       dense, with the forward of the whole model as dear as the recipe's, the router included; where no
                       whole width comes within 1 %, the number of steps makes up for it
     equal_parameters  dense, with as many parameters as the recipe's model
@@ -91,7 +92,7 @@ def baseline(recipe: Recipe | str | Path, kind: Kind, *, measured: str | Path | 
     else:
         values, said = _dense(found, kind)
     derived, size = assemble(found, values, f"{settings.name}-{kind.replace('_', '-')}")
-    if kind == "equal_flops":
+    if kind == "equal_flops" or (kind == "topk" and not values["exact"]):
         derived, steps = _equal_steps(settings, derived, size, found.size)
         said = f"{said}; {steps}"
     if kind == "equal_parameters":
@@ -112,30 +113,30 @@ def _costs(size: Size, of: Size) -> list[str]:
     ]
 
 
-def _check(what: str, one: float, two: float) -> None:
+def _check(what: str, one: float, two: float, out: str = "make the model wider") -> None:
     if abs(one / two - 1) > WITHIN:
         raise ConfigError(
-            f"no whole width comes within {WITHIN:.0%} of the recipe's {two:,.0f} {what}; the nearest has {one:,.0f}. "
-            "Make the model wider"
+            f"no whole number comes within {WITHIN:.0%} of the recipe's {two:,.0f} {what}, the nearest gives "
+            f"{one:,.0f}; {out}"
         )
 
 
 def _equal_steps(recipe: Recipe, derived: Recipe, size: Size, of: Size) -> tuple[Recipe, str]:
     """The baseline with steps of which all operations together agree, and which of width and steps did it."""
     if abs(size.train_flops / of.train_flops - 1) <= WITHIN:
-        return derived, "the width makes the operations equal, with the recipe's steps"
+        return derived, "operations a token agree, steps are the recipe's"
     total = of.train_flops * recipe.total_steps
     steps = max(1, round(total / size.train_flops))
-    _check("operations", size.train_flops * steps, total)
+    _check("operations of the run", size.train_flops * steps, total, "give the recipe more steps")
     if recipe.phases:
         raise ConfigError(
-            f"no whole width makes the operations equal within {WITHIN:.0%}, and {recipe.name}'s phases fix the steps; "
-            "make the model wider"
+            f"whole sizes make the operations equal only to {size.train_flops / of.train_flops - 1:+.1%}, and the "
+            f"phases of {recipe.name} fix the steps that could make up for it; make the model wider"
         )
     changed = {**derived.model_dump(mode="json", exclude_unset=True), "steps": steps, "tokens": None}
     return Recipe.parse(changed), (
-        f"no whole width makes the operations a token equal within {WITHIN:.0%}, so {steps:,} steps in the place of "
-        f"{recipe.total_steps:,} make those of the run so"
+        f"whole sizes make the operations a token equal only to {size.train_flops / of.train_flops - 1:+.1%}, so "
+        f"{steps:,} steps in the place of {recipe.total_steps:,} make those of the run equal"
     )
 
 

@@ -210,15 +210,11 @@ def entries(
         mine = [(found.places[index], config) for index, config in zip(chosen, configs, strict=True)]
         mine = [(place, config) for place, config in mine if place.stack == stack]
         if mine:
-            layers: list[int] | None = [place.layer for place, _ in mine]
-            made.append(
-                SwapConfig(
-                    method=method_id,
-                    layers=None if layers == list(found.layers[stack]) else layers,
-                    stack=None if len(found.layers) == 1 else stack,
-                    config=merged([config for _, config in mine]),
-                )
-            )
+            layers = [place.layer for place, _ in mine]
+            where: dict[str, Any] = {} if layers == list(found.layers[stack]) else {"layers": layers}
+            where |= {} if len(found.layers) == 1 else {"stack": stack}
+            config = merged([config for _, config in mine])
+            made.append(SwapConfig(sites="mlp", method=method_id, config=config, **where))
     return made
 
 

@@ -112,6 +112,10 @@ def test_the_figure_holds_the_numbers(folders: list[Path], tmp_path: Path, monke
     assert len(seconds.lines) == 2
     assert parameters.lines[0].get_xdata().tolist() == [5000, 5000]
     assert len(flops.collections) == 1, "one seed has no band"
+    colours = {line.get_label(): line.get_color() for line in flops.lines}
+    assert {line.get_label(): line.get_color() for line in seconds.lines}.items() <= colours.items()
+    assert parameters.lines[0].get_color() == colours["cheap"]
+    assert [axes.get_legend() is not None for axes in kept[0].axes] == [False, True, False, False]
     assert path.read_bytes() == compare.draw(entries, tmp_path / "again.svg").read_bytes()
 
 
@@ -126,7 +130,18 @@ def test_two_recipes_of_one_name_are_told_apart(folders: list[Path], tmp_path: P
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: path / "none", "not a run's folder and not a study's record"),
+        (lambda path: path / "none", "no such file or folder"),
+        (lambda path: write(path / "x.txt", "hello"), "not a run's folder and not a study's record"),
+        (lambda path: write(path / "metrics.jsonl", "").parent, "the run has not made a step"),
+        (lambda path: run(path / "r", "r", 0, [4, float("nan")], {}, {}), "the loss at step 2 is not a finite number"),
+        (lambda path: run(path / "r", "r", 0, [4], {}, {1: float("inf")}), "the loss at step 1 is not a finite number"),
+        (lambda path: write(path / "metrics.jsonl", '{"step": 1, "loss": [2]}\n').parent, "not what `moestro train`"),
+        (
+            lambda path: write(path / "x.json", record({"0": float("nan")})),
+            "loss of arm 'a' is missing or not a finite",
+        ),
+        (lambda path: write(path / "x.json", record({})), "loss of arm 'a' is missing or not a finite"),
+        (lambda path: write(path / "x.json", record(3)), "arm 'a' does not hold numbers by seed"),
         (lambda path: path, "expected JSON lines of a training run"),
         (lambda path: write(path / "x.json", "[]"), "not a study record of schema 1"),
         (lambda path: write(path / "x.json", '{"schema": 1, "measured": {"a": {"bits": {}}}}'), "it has bits"),
@@ -137,6 +152,59 @@ def test_two_recipes_of_one_name_are_told_apart(folders: list[Path], tmp_path: P
 def test_what_cannot_be_compared_is_refused(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=words):
         read_entries([make(tmp_path)])
+
+
+def record(seeds: Any) -> str:
+    return json.dumps({"schema": 1, "measured": {"a": {"loss": {"seeds": seeds}}}, "units": {}})
+
+
+def data(tokenizer: str, **more: Any) -> dict[str, Any]:
+    return {"tokenizer": tokenizer, "sources": {"data": {"source": "builtin:german"}}, "sequence_length": 8, **more}
+
+
+TEXT = {"data": {"sources": {"data": {"source": "builtin:german", "split": "heldout"}}}, "limit": 4}
+RUSSIAN = {"data": {"source": "builtin:russian"}}
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"data": data("bytes"), "eval": TEXT}, r'their tokenizer differ \("bpe:300" and "bytes"\)'),
+        ({"data": data("bpe:300", sources=RUSSIAN), "eval": TEXT}, "their tokenizer differ"),
+        ({"data": data("bpe:300"), "eval": {**TEXT, "limit": 5}}, r"their held-out text differ \(4 and 5\)"),
+        ({"data": data("bpe:300", sequence_length=9), "eval": TEXT}, r"their held-out text differ \(8 and 9\)"),
+        ({"data": data("bpe:300"), "eval": TEXT, "objective": {"method": "masked"}}, "their objective differ"),
+    ],
+)
+def test_losses_of_other_tokens_or_texts_are_refused(
+    other: dict[str, Any], words: str, tmp_path: Path, capsys: Any
+) -> None:
+    same = {"data": data("bpe:300"), "eval": TEXT}
+    one = run(tmp_path / "one", "one", 0, [4, 3], {2: 10}, {2: 3.0}, **same)
+    two = run(tmp_path / "two", "two", 0, [4, 3], {2: 10}, {2: 3.0}, steps=9, **same)
+    odd = run(tmp_path / "odd", "odd", 0, [4, 3], {2: 10}, {2: 3.0}, **other)
+    assert [entry.name for entry in read_entries([one, two])] == ["one", "two"]
+    with pytest.raises(DataError, match=words):
+        read_entries([one, two, odd])
+    assert main(["compare", str(one), str(odd)]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+def test_training_losses_need_the_same_training_text(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", "one", 0, [4, 3], {}, {}, data=data("bytes"))
+    two = run(tmp_path / "two", "two", 0, [4, 3], {}, {}, data=data("bytes", sources=RUSSIAN))
+    with pytest.raises(DataError, match="their training text differ"):
+        read_entries([one, two])
+
+
+def test_losses_of_several_kinds_are_told(folders: list[Path], tmp_path: Path, capsys: Any) -> None:
+    first = study(tmp_path / "some.json")
+    second = write(tmp_path / "other.json", first.read_text())
+    assert compare.notes(read_entries([first])) == []
+    assert "within a study only" in compare.notes(read_entries([first, second]))[0]
+    assert main(["compare", str(folders[0]), str(first), "-o", str(tmp_path / "c.svg")]) == 0
+    assert "note: losses of 2 kinds (held out, heldout_loss (nats))" in capsys.readouterr().out
 
 
 def write(path: Path, text: str) -> Path:

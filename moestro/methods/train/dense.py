@@ -9,6 +9,8 @@ mixture alone. What the settings leave open is taken from the feed-forward at th
 Source: Shazeer 2020 (2002.05202, eq. 5 and 6).
 """
 
+from typing import Any
+
 from pydantic import Field
 from torch import nn
 
@@ -47,13 +49,9 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     if size is None:
         raise ConfigError(f"{site.path}: {type(site.module).__name__} does not tell size; give it")
     form = there or Form(size, "silu", True, False)
-    return DenseFFN(
-        site.dim,
-        size,
-        activation=config.activation or form.activation,
-        gated=form.gated if config.gated is None else config.gated,
-        bias=form.bias if config.bias is None else config.bias,
-    )
+    given = {"activation": config.activation, "gated": config.gated, "bias": config.bias}
+    settings: dict[str, Any] = {k: getattr(form, k) if value is None else value for k, value in given.items()}
+    return DenseFFN(site.dim, size, **settings)
 
 
 CARD = MethodCard(
