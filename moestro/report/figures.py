@@ -91,7 +91,7 @@ def arms(
             _threshold(axes, threshold, threshold_text, vertical=True)
         axes.set_yticks(range(len(values)), list(values), color="#1c2226")
         axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.grid(axis="x")
+        axes.grid(True, axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(unit)
@@ -136,7 +136,7 @@ def curves(
             _threshold(axes, threshold, threshold_text, vertical=False)
         if log:
             axes.set_yscale("log")
-        axes.grid(axis="y")
+        axes.grid(True, axis="y")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_title(title)
@@ -164,7 +164,7 @@ def points(
                 raise DataError(f"group {name!r}: {len(x)} values of x and {len(y)} of y; need the same")
             colour, mark = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             axes.plot(x, y, mark, color=colour, markersize=5.5, alpha=0.85, label=name)
-        axes.grid(axis="both")
+        axes.grid(True, axis="both")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_title(title)
