@@ -304,3 +304,13 @@ def test_the_verb(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
         assert main(["train", str(path), *options]) == 2
         assert words in capsys.readouterr().err
     assert set(KINDS) == {"dense", "topk", "equal_flops", "equal_parameters"}
+
+
+def test_a_stock_mixture_loses_its_loss_with_its_layers(tmp_path: Path) -> None:
+    stock = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    given = recipe(model={**stock, "num_key_value_heads": 2}, steps=1)
+    train(given, tmp_path / "mixture", silent=True)
+    assert set(read_metrics(tmp_path / "mixture")[0]["terms"]) == {"causal", "balance"}
+    train(given, tmp_path / "dense", silent=True, baseline="dense")
+    assert set(read_metrics(tmp_path / "dense")[0]["terms"]) == {"causal"}
+    assert widths(baseline(given, "dense").recipe) == [2 * 40] * 3
