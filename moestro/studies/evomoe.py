@@ -342,6 +342,9 @@ STUDY = Study(
             claimed="part of what makes it better (no number)",
             metric="heldout_loss",
             judge=Beats(method="evomoe", control="dts"),
+            tells="mixture steps are dearer while the gate is dense: {evomoe.steps} steps with the first phase, "
+            "{dts.steps} without; copies under Switch {warm}, random experts under Switch {switch}; cosine of two "
+            "experts at the end {evomoe.similarity} and {dts.similarity}.",
         ),
         Claim(
             key="gate_sparsify",
@@ -369,6 +372,7 @@ STUDY = Study(
             claimed="dense at first",
             metric="active_start",
             judge=Within(arm="evomoe", low=7.92, high=8.0),
+            tells="active in the first mixture step {evomoe}, without noise {quiet}, over random experts {dts}.",
         ),
         Claim(
             key="sharpens",
@@ -377,6 +381,17 @@ STUDY = Study(
             claimed="sparse in the end",
             metric="active_cool",
             judge=Within(arm="evomoe", low=1.0, high=5.0),
+            tells="active at temperature 0.3 {evomoe}, without noise, so by logits alone, {quiet}, over random experts "
+            "{dts}; at the end {evomoe.active_end}.",
+        ),
+        Claim(
+            key="ends_sparse",
+            text="After the hard switch exactly one expert a token is active.",
+            where="the gate's definition",
+            claimed="top-1 in the end",
+            metric="active_end",
+            judge=Within(arm="evomoe", low=1.0, high=1.0),
+            tells="active in the last step {evomoe}, without noise {quiet}, over random experts {dts}.",
         ),
     ),
     arms=(
@@ -396,5 +411,8 @@ STUDY = Study(
         "train.evomoe", "train.dts_balance_loss", "convert.diversify", "train.switch", "train.softmax_topk",
         "train.hash_router", "train.balance_loss", "train.moe",
     ),
-    units={"heldout_loss": "nats a token", "fluctuation": "share of choices", "active_cool": "experts a token"},
+    units={
+        "heldout_loss": "nats a token", "fluctuation": "share of choices", "active_start": "experts a token",
+        "active_cool": "experts a token", "active_end": "experts a token",
+    },
 )  # fmt: skip
