@@ -58,6 +58,15 @@ def test_paragraphs_that_were_read_are_not_asked() -> None:
     assert found == [new, "short"]  # what is short may stand on both sides
 
 
+def test_held_out_documents_are_cleared_of_all_training_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[list[str], list[str]]] = []
+    monkeypatch.setattr(subject, "unseen", lambda texts, train: given.append((texts, train)) or texts)
+    subject.text.__wrapped__("ci")
+    for domain, (texts, train) in zip(DOMAINS, given, strict=True):
+        assert sorted(texts + train) == sorted(subject.documents(domain))
+        assert texts == subject.documents(domain)[:: subject.HELDOUT_OF]
+
+
 # -- models -------------------------------------------------------------------------------------------------------
 
 
