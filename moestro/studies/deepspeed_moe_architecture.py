@@ -212,7 +212,7 @@ STUDY = Study(
             claimed="half; training more than 10 % faster",
             metric="dispatch_bytes",
             judge=Beats(method="residual", control="top2", by=0.5, relative=True),
-            tells="bytes a token: beside a fixed branch {residual}, two routed experts {top2}, one routed expert {moe}.",
+            tells="bytes a token: beside a fixed branch {residual}, two routed experts {top2}, one routed {moe}.",
         ),
         Claim(
             key="pr_is_large",
