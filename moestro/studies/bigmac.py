@@ -53,7 +53,7 @@ def layer(arm: str, width: int, *, path: str = "mlp", top_k: int = TOP_K) -> MoE
         router["config"] = {"renormalise": False, "top_k": top_k}
         values = {**shape, "expert_size": round(RATIO * width), "bias": False, "router": router}
         if arm == "large_experts":  # one of them a token: equal operations, as few bytes as the narrow layer
-            router["config"]["top_k"] = 1
+            router["config"] = {"renormalise": False, "top_k": 1}
             values |= {"num_experts": LARGE, "expert_size": round(RATIO * width) * TOP_K}
     site = Site(path=path, kind="mlp", module=nn.Identity(), dim=width, out=width)
     made: MoELayer = use.build(site, use.configure(values), Shared())
@@ -74,7 +74,7 @@ def build(size: Scale, arm: str, seed: int) -> nn.Module:
 
 def exchange(rank: int, world: int, width: int, tokens: int, seed: int) -> dict[str, float]:
     """On one of the ranks: bytes of hidden rows and seconds of a step of both layers, the median of three."""
-    found = {}
+    found: dict[str, float] = {}
     for arm in ("fine_grained", "bigmac"):
         for one_copy in (False, True):
             torch.manual_seed(seed)
