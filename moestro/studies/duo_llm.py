@@ -172,7 +172,8 @@ def measure_router(seed: int, name: str, size: Scale, budget: Budget) -> dict[st
     asked for; between whole numbers of layers these are interpolated. A random route has the router's share too.
     """
     _, table = oracle(seed, name, size)
-    found, rows = {}, []
+    found: dict[str, float] = {}
+    rows: list[dict[str, float]] = []
     for number, layers in enumerate(chosen_budgets(size.layers)):
         loss, share = evaluate(routed(seed, name, size, layers / size.layers), size, budget)
         best, fixed = (at_share(table, column, share) for column in (2, 5))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moestro
+import moestro.models.load
 from moestro.core.errors import ConfigError
 from moestro.core.inputs import MeterInputs
 from moestro.core.layer import mixture_layers

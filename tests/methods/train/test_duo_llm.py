@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import moestro
+import moestro.models.load
 from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.registry import method
