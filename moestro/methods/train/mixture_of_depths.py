@@ -9,8 +9,8 @@ integer, at least 1: the work of a batch is fixed, up to padding of rows to the 
 
 At an ``mlp`` site the same for the feed-forward alone: y = g FFN(x) or 0, and the block around adds x.
 
-The choice reads the whole batch. An auxiliary router learns it, see ``_parts/auxiliary.py`` and ``train.moma`` for the
-phases; with it evaluation and decoding take a token iff a(x) > threshold. The cache then keeps a place for every
+The choice reads the whole batch. An auxiliary router learns it, see ``_parts/batch_choice.py``, and ``train.moma`` for
+the phases; with it evaluation and decoding take a token iff a(x) > threshold. The cache then keeps a place for every
 position, so that positions stay what they were; places of skipped tokens are masked, and no memory is saved. A step in
 which no row takes the block skips it.
 
@@ -30,7 +30,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moestro.core.bank import Bank, StackedFFN
+from moestro.core.bank import Bank
 from moestro.core.cache import cache_state
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
@@ -41,10 +41,12 @@ from moestro.core.layer import emit
 from moestro.core.router import LinearRouter, topk_indices
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
-from moestro.methods.train._parts.auxiliary import (
+from moestro.methods.train._parts.batch_choice import (
     AUXILIARY,
     AuxiliaryRouters,
+    Picked,
     SelectionLoss,
+    Spread,
     chooses_over_batch,
     whole_share,
 )
@@ -112,91 +114,6 @@ class DepthRouter(LinearRouter):
     def real_per_token(self, length: int) -> float | None:
         """See Router; over a batch, whose size is not known here, it is not rounded."""
         return self.config.capacity
-
-
-@dataclasses.dataclass(frozen=True)
-class Picked:
-    """Tokens of each row that a block runs on, chosen ones first, rows filled up to the longest.
-
-    Attributes:
-        place_BM: int64, place in the row; chosen ones ascend. real_BM: bool, False where a row was filled up.
-        width: S.
-    """
-
-    place_BM: Tensor
-    real_BM: Tensor
-    width: int
-
-    @classmethod
-    def of(cls, chosen_BS: Tensor, least: int = 0) -> "Picked":
-        """The chosen tokens of each row.
-
-        Args:
-            least: take so many a row at any rate.
-        """
-        most = max(least, int(chosen_BS.sum(1).max()))
-        place_BM = torch.sort(~chosen_BS, dim=1, stable=True).indices[:, :most]
-        return cls(place_BM, chosen_BS.gather(1, place_BM), chosen_BS.shape[1])
-
-    @property
-    def token_X(self) -> Tensor:
-        """Index of every slot among the B * S tokens, row by row."""
-        row_B = torch.arange(len(self.place_BM), device=self.place_BM.device)
-        return (row_B[:, None] * self.width + self.place_BM).reshape(-1)
-
-    def take(self, value: Any) -> Any:
-        """What belongs to the slots, of a tensor [B or 1, S, ...] or a tuple of such."""
-        if isinstance(value, tuple):
-            return tuple(self.take(part) for part in value)
-        rows = value.expand(len(self.place_BM), *value.shape[1:])
-        index = self.place_BM.view(*self.place_BM.shape, *[1] * (value.ndim - 2))
-        return rows.gather(1, index.expand(*self.place_BM.shape, *value.shape[2:]))
-
-    def mask(self, given: Tensor | None, key_BL: Tensor, cached: int, causal: bool) -> Tensor:
-        """Attention mask [B, 1 or H, M, L] over L keys, of the kind that was given (bool when none was).
-
-        Args:
-            given: mask [B or 1, 1 or H, S, L] of the whole forward, bool or additive. key_BL: whether a key is there.
-            cached: keys before this forward. causal: whether to look back only when no mask says so.
-
-        A slot may always see itself: rows of nothing would give NaN.
-        """
-        rows, length = key_BL.shape
-        own_BM = self.place_BM + cached
-        position_L = torch.arange(length, device=key_BL.device)
-        own_BML = position_L == own_BM[:, :, None]
-        open_BML = (key_BL[:, None, :] | own_BML) & (
-            (position_L <= own_BM[:, :, None]) if causal and given is None else own_BML.new_ones(())
-        )
-        if given is None:
-            return open_BML[:, None]
-        index = self.place_BM[:, None, :, None].expand(-1, given.shape[1], -1, length)
-        rows_BHML = given[..., :length].expand(rows, -1, -1, -1).gather(2, index)
-        if given.dtype == torch.bool:
-            return (rows_BHML & open_BML[:, None]) | own_BML[:, None]
-        closed = torch.finfo(given.dtype).min
-        return rows_BHML.masked_fill(~open_BML[:, None], closed).masked_fill(own_BML[:, None], 0.0)
-
-
-class Spread:
-    """A cache as a block on some of a forward's positions sees it: what it writes goes to the original places."""
-
-    def __init__(self, cache: Any, picked: Picked) -> None:
-        self.cache, self.picked = cache, picked
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, H, M, d]; all that the cache then holds."""
-        found: tuple[Tensor, Tensor] = self.cache.update(
-            self._spread(keys), self._spread(values), layer_idx, *more, **named
-        )
-        return found
-
-    def _spread(self, part: Tensor) -> Tensor:
-        index = self.picked.place_BM[:, None, :, None].expand_as(part)
-        return part.new_zeros(*part.shape[:2], self.picked.width, part.shape[3]).scatter(2, index, part)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
 
 
 class MixtureOfDepths(nn.Module):

@@ -17,13 +17,14 @@ The choice reads the whole batch. For inference auxiliary routers learn it in a 
       - {name: auxiliary, train: ["*auxiliary*"], values: {router_noise: 0}}
     losses: {auxiliary: 1.0}
 
-After that evaluation takes expert j iff a_j(x) > threshold, weighted by S_j, see ``_parts/auxiliary.py``. Before it,
+After that evaluation takes expert j iff a_j(x) > threshold, weighted by S_j, see ``_parts/batch_choice.py``. Before it,
 evaluation chooses over its batch and generating is refused. As an objective the method is next-token prediction whose
 losses are called causal_M or noncausal_M, by whether any layer's choice read the batch.
 
 Source: MoMa (2407.21770, sections 2.2 to 2.5).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Annotated, Literal, Self
@@ -44,12 +45,13 @@ from moestro.core.routing import Routing, Scores
 from moestro.core.session import session
 from moestro.core.site import Shared, Site
 from moestro.data.packing import IGNORE
-from moestro.methods.train._parts.auxiliary import (
+from moestro.methods.train._parts.batch_choice import (
     AUXILIARY,
     AuxiliaryRouters,
     SelectionLoss,
     Witness,
     chooses_over_batch,
+    logistic_like,
     whole_share,
 )
 from moestro.methods.train._parts.selection import normalise
@@ -98,7 +100,7 @@ class Config(BaseConfig):
         for first, last, name in spans:
             if last < first:
                 raise ConfigError(f"the ids of {name!r} go from {first} to {last}; the first must not be the larger")
-        for (_, last, one), (first, _, two) in zip(spans, spans[1:], strict=False):
+        for (_, last, one), (first, _, two) in itertools.pairwise(spans):
             if first <= last:
                 raise ConfigError(f"id {first} belongs to {one!r} and to {two!r}; ranges must not overlap")
         return self
@@ -160,12 +162,6 @@ def take_tokens(select_TE: Tensor, members: Sequence[Tensor], sizes: Sequence[in
     return chosen_TE & (select_TE > float("-inf"))
 
 
-def logistic_like(x: Tensor) -> Tensor:
-    """G' - G'' for independent Gumbel(0, 1) samples: -log of an exponential sample is one."""
-    first, second = (torch.empty_like(x).exponential_().log() for _ in range(2))
-    return second - first
-
-
 class ModalityRouter(Router):
     """The router. Parameters: ``weight`` [E, D], group after group; ``auxiliary``. Experts of another modality than the
     token's have logit -inf and are no choice.
@@ -178,8 +174,7 @@ class ModalityRouter(Router):
         self.config, self.site = config, site
         self.weight = nn.Parameter(torch.empty(self.num_experts, dim))
         self.auxiliary = AuxiliaryRouters(dim, config.sizes, config.bottleneck, config.threshold)
-        group_E = torch.arange(len(config.sizes)).repeat_interleave(torch.tensor(config.sizes))
-        self.group_of = tuple(group_E.tolist())
+        self.group_of = [place for place, size in enumerate(config.sizes) for _ in range(size)]
         if not self.weight.is_meta:
             nn.init.normal_(self.weight, std=0.02)
 

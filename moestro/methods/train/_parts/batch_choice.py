@@ -1,4 +1,6 @@
-"""Auxiliary routers: they learn token by token what a choice over the whole batch did, and make inference causal.
+"""What stands beside a choice over the whole batch: routers that make it causal, and slots for the tokens it took.
+
+Auxiliary routers learn token by token what the choice did:
 
     a(x) = sigmoid(SiLU(x A_1) A_2)      A_1 [D, bottleneck], A_2 [bottleneck, C]
 
@@ -9,8 +11,9 @@ answer is 1/2: a router counts as trained once A_2 is anything else, and until t
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +167,12 @@ def whole_share(tokens: int, share: Fraction) -> int:
     return min(tokens, max(1, math.floor(share * tokens + Fraction(1, 2))))
 
 
+def logistic_like(x: Tensor) -> Tensor:
+    """G' - G'' for independent Gumbel(0, 1) samples: -log of an exponential sample is one."""
+    first, second = (torch.empty_like(x).exponential_().log() for _ in range(2))
+    return second - first
+
+
 def chooses_over_batch(
     training: bool, routers: AuxiliaryRouters, allow_noncausal: bool, site: str, ctx: RoutingContext
 ) -> bool:
@@ -194,3 +203,88 @@ class Witness:
     def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
         """Take one layer's routing."""
         self.causal = self.causal and routing.causal
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Tokens of each row that a block runs on, chosen ones first, rows filled up to the longest.
+
+    Attributes:
+        place_BM: int64, place in the row; chosen ones ascend. real_BM: bool, False where a row was filled up.
+        width: S.
+    """
+
+    place_BM: Tensor
+    real_BM: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, chosen_BS: Tensor, least: int = 0) -> "Picked":
+        """The chosen tokens of each row.
+
+        Args:
+            least: take so many a row at any rate.
+        """
+        most = max(least, int(chosen_BS.sum(1).max()))
+        place_BM = torch.sort(~chosen_BS, dim=1, stable=True).indices[:, :most]
+        return cls(place_BM, chosen_BS.gather(1, place_BM), chosen_BS.shape[1])
+
+    @property
+    def token_X(self) -> Tensor:
+        """Index of every slot among the B * S tokens, row by row."""
+        row_B = torch.arange(len(self.place_BM), device=self.place_BM.device)
+        return (row_B[:, None] * self.width + self.place_BM).reshape(-1)
+
+    def take(self, value: Any) -> Any:
+        """What belongs to the slots, of a tensor [B or 1, S, ...] or a tuple of such."""
+        if isinstance(value, tuple):
+            return tuple(self.take(part) for part in value)
+        rows = value.expand(len(self.place_BM), *value.shape[1:])
+        index = self.place_BM.view(*self.place_BM.shape, *[1] * (value.ndim - 2))
+        return rows.gather(1, index.expand(*self.place_BM.shape, *value.shape[2:]))
+
+    def mask(self, given: Tensor | None, key_BL: Tensor, cached: int, causal: bool) -> Tensor:
+        """Attention mask [B, 1 or H, M, L] over L keys, of the kind that was given (bool when none was).
+
+        Args:
+            given: mask [B or 1, 1 or H, S, L] of the whole forward, bool or additive. key_BL: whether a key is there.
+            cached: keys before this forward. causal: whether to look back only when no mask says so.
+
+        A slot may always see itself: rows of nothing would give NaN.
+        """
+        rows, length = key_BL.shape
+        own_BM = self.place_BM + cached
+        position_L = torch.arange(length, device=key_BL.device)
+        own_BML = position_L == own_BM[:, :, None]
+        open_BML = (key_BL[:, None, :] | own_BML) & (
+            (position_L <= own_BM[:, :, None]) if causal and given is None else own_BML.new_ones(())
+        )
+        if given is None:
+            return open_BML[:, None]
+        index = self.place_BM[:, None, :, None].expand(-1, given.shape[1], -1, length)
+        rows_BHML = given[..., :length].expand(rows, -1, -1, -1).gather(2, index)
+        if given.dtype == torch.bool:
+            return (rows_BHML & open_BML[:, None]) | own_BML[:, None]
+        closed = torch.finfo(given.dtype).min
+        return rows_BHML.masked_fill(~open_BML[:, None], closed).masked_fill(own_BML[:, None], 0.0)
+
+
+class Spread:
+    """A cache as a block on some of a forward's positions sees it: what it writes goes to the original places."""
+
+    def __init__(self, cache: Any, picked: Picked) -> None:
+        self.cache, self.picked = cache, picked
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, H, M, d]; all that the cache then holds."""
+        found: tuple[Tensor, Tensor] = self.cache.update(
+            self._spread(keys), self._spread(values), layer_idx, *more, **named
+        )
+        return found
+
+    def _spread(self, part: Tensor) -> Tensor:
+        index = self.picked.place_BM[:, None, :, None].expand_as(part)
+        return part.new_zeros(*part.shape[:2], self.picked.width, part.shape[3]).scatter(2, index, part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
