@@ -160,7 +160,7 @@ class MixtureOfDepths(nn.Module):
             if self.branch:
                 index_X = chosen_T.nonzero().squeeze(1)
                 with ctx.subset(index_X):
-                    y_XO = self.inner(flat_TD[index_X])
+                    y_XO: Tensor = self.inner(flat_TD[index_X])
                 out = y_XO.new_zeros(len(flat_TD), y_XO.shape[-1])
                 return out.index_add(0, index_X, weight_T[index_X, None] * y_XO).view(*hidden.shape[:-1], -1)
             call = self.named(hidden, *args, **kwargs)

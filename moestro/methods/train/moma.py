@@ -163,9 +163,7 @@ def take_tokens(select_TE: Tensor, members: Sequence[Tensor], sizes: Sequence[in
 
 
 class ModalityRouter(Router):
-    """The router. Parameters: ``weight`` [E, D], group after group; ``auxiliary``. Experts of another modality than the
-    token's have logit -inf and are no choice.
-    """
+    """The router. Parameters: ``weight`` [E, D], group after group; ``auxiliary``. Other modalities have logit -inf."""
 
     causal = False
 
@@ -198,7 +196,7 @@ class ModalityRouter(Router):
         return found
 
     def score(self, x_TD: Tensor, bank: Bank, ctx: RoutingContext) -> Scores:
-        """See Router. What is ranked: logits with noise, or how far auxiliary logits lie above their threshold."""
+        """See Router. What is ranked: noisy logits, or how far auxiliary logits lie above their threshold."""
         modality_T, members = self.tokens_by_group(ctx)
         other_TE = modality_T[:, None] != torch.tensor(self.group_of, device=x_TD.device)
         logits_TC = exact_linear(x_TD, self.weight).masked_fill(other_TE, float("-inf"))

@@ -157,8 +157,9 @@ class SelectionLoss(RoutingLoss):
             return routing.weight_N.new_zeros(())
         chosen_TC = torch.zeros_like(logits_TC, dtype=torch.bool)
         chosen_TC[routing.token_N, routing.expert_N] = True
-        if not ctx.replaying:
-            self.routers.module.calibrate(logits_TC, chosen_TC)
+        routers = self.routers.module
+        if not ctx.replaying and isinstance(routers, AuxiliaryRouters):
+            routers.calibrate(logits_TC, chosen_TC)
         return selection_loss(logits_TC, chosen_TC)
 
 
