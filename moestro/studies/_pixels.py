@@ -16,6 +16,7 @@ import numpy as np
 
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.data.corpora import corpus
+from moestro.data.sources import Split
 from moestro.data.tokens import byte_tokenizer, encode
 
 
@@ -41,13 +42,14 @@ def images() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(lines[i] for i in order[cut:]), tuple(lines[i] for i in order[:cut])
 
 
-def documents(split: str, characters: int, seed: int = 0) -> list[str]:
+def documents(split: Split, characters: int, source: str = "stdlib-docs", seed: int = 0) -> list[str]:
     """Documents of eight pieces of prose, each followed by an image as long: half of all tokens each.
 
     Args:
         split: train or heldout; prose is split by file, images by image, which come round again. characters: of prose.
+        source: the built-in corpus of the prose.
     """
-    prose = " ".join(corpus("stdlib-docs", split))[:characters]
+    prose = " ".join(corpus(source, split))[:characters]
     prose = "".join(c for c in prose if c.isprintable() or c in "\n\t").encode("ascii", "ignore").decode()
     pool = images()[split == "heldout"]
     rng, width = np.random.default_rng(seed), len(pool[0])

@@ -83,14 +83,18 @@ class DepthRouter(LinearRouter):
 
     def over_batch(self, ctx: RoutingContext) -> bool:
         """Whether the best tokens of the batch are taken; else the auxiliary router says which."""
-        return chooses_over_batch(self.training, self.auxiliary, self.config.allow_noncausal, self.site, ctx)
+        return chooses_over_batch(self.auxiliary, self.members(ctx), self.config.allow_noncausal, self.site, ctx)
+
+    def members(self, ctx: RoutingContext) -> tuple[Tensor]:
+        """The valid tokens, int64."""
+        assert ctx.tokens is not None
+        return (ctx.tokens.valid_T.nonzero().squeeze(1),)
 
     def score(self, x_TD: Tensor, bank: Bank | None, ctx: RoutingContext) -> Scores:
         """See Router; the bank is not looked at."""
-        assert ctx.tokens is not None
         logits_TC = self.logits(x_TD)
         gate_TC = logits_TC.sigmoid()
-        select_TC, members = logits_TC, (ctx.tokens.valid_T.nonzero().squeeze(1),)
+        select_TC, members = logits_TC, self.members(ctx)
         if self.training and ctx.value(AUXILIARY, 1.0):
             ctx.put(self.site, AUXILIARY, self.auxiliary(x_TD, members))
         if not self.over_batch(ctx):
@@ -99,11 +103,10 @@ class DepthRouter(LinearRouter):
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
         """See Router."""
-        assert ctx.tokens is not None
         whole = self.over_batch(ctx)
         chosen_TC = scores.select_TC > 0
         if whole:
-            index_M = ctx.tokens.valid_T.nonzero().squeeze(1)
+            (index_M,) = self.members(ctx)
             count = whole_share(len(index_M), Fraction(str(self.config.capacity)))
             best_X = topk_indices(scores.select_TC[index_M].T, count)[0]
             chosen_TC = torch.zeros_like(chosen_TC)

@@ -178,7 +178,8 @@ class ModalityRouter(Router):
 
     def over_batch(self, ctx: RoutingContext) -> bool:
         """Whether experts choose; else the auxiliary routers do."""
-        return chooses_over_batch(self.training, self.auxiliary, self.config.allow_noncausal, self.site, ctx)
+        members = self.tokens_by_group(ctx)[1]
+        return chooses_over_batch(self.auxiliary, members, self.config.allow_noncausal, self.site, ctx)
 
     def tokens_by_group(self, ctx: RoutingContext) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Modalities [T] and the valid tokens of each; found once for all layers that see the whole forward."""
@@ -224,8 +225,7 @@ class ModalityRouter(Router):
 
     def real_per_token(self, length: int) -> float | None:
         """See Router; while experts choose, not rounded, and None where it depends on the modality."""
-        factor = self.config.capacity_factor
-        counts = {1.0 if factor is None else factor * size for size in self.config.sizes}
+        counts = {(self.config.capacity_factor or 1 / size) * size for size in self.config.sizes}
         return counts.pop() if len(counts) == 1 else None
 
 

@@ -70,10 +70,12 @@ class AuxiliaryRouters(nn.Module):
         start = 0.0 if isinstance(threshold, str) else float(torch.tensor(threshold, dtype=torch.float64).logit())
         self.register_buffer("threshold", torch.full((sum(sizes),), start))
 
-    @property
-    def trained(self) -> bool:
-        """Whether every group's router has left its start."""
-        return all(bool(router.get_parameter("out").detach().any()) for router in self.groups)
+    def trained(self, members: Sequence[Tensor] | None = None) -> bool:
+        """Whether some group's router has left its start; with ``members`` those of all groups that have any."""
+        moved = [bool(router.get_parameter("out").detach().any()) for router in self.groups]
+        if members is None:
+            return any(moved)
+        return all(known or not len(index_M) for known, index_M in zip(moved, members, strict=True))
 
     def forward(self, x_TD: Tensor, members: Sequence[Tensor]) -> Tensor:
         """Logits [T, C]; -inf for the choices of a group that a token is no member of. No gradient reaches x.
@@ -100,7 +102,7 @@ class AuxiliaryRouters(nn.Module):
     def flops_per_token(self, work: Work) -> float:
         """Mean over the groups: a token runs through one of them, and in evaluation only through trained ones."""
         meta = any(parameter.is_meta for parameter in self.parameters())
-        if not (work.training or meta or self.trained):
+        if not (work.training or meta or self.trained()):
             return 0.0
         return sum(cost(router, work) for router in self.groups) / len(self.groups)
 
@@ -175,16 +177,22 @@ def logistic_like(x: Tensor) -> Tensor:
 
 
 def chooses_over_batch(
-    training: bool, routers: AuxiliaryRouters, allow_noncausal: bool, site: str, ctx: RoutingContext
+    routers: AuxiliaryRouters, members: Sequence[Tensor], allow_noncausal: bool, site: str, ctx: RoutingContext
 ) -> bool:
     """Whether this forward chooses over its batch; else each token asks the auxiliary routers.
+
+    Inside a depth-routed block a group may never have had a token to learn from: there no choice takes its tokens, if
+    the others are trained. Elsewhere a token of an untrained group has nobody to ask.
+
+    Args:
+        members: for each group int64 indices of its tokens.
 
     Raises:
         ContextError: there is a cache, that is, text is being generated, and no trained auxiliary router to ask.
     """
-    if training:
+    if routers.training:
         return True
-    trained = routers.trained
+    trained = routers.trained() and (routers.trained(members) or not (ctx.tokens is None or ctx.tokens.whole))
     if trained and not ctx.value(BATCH, 0.0):
         return False
     first = ctx.tokens is None or ctx.tokens.cached == 0
