@@ -70,12 +70,14 @@ def image_ids() -> tuple[int, int]:
     return first, last
 
 
-def write(folder: Path) -> list[Path]:
-    """The texts as JSON lines, ``train`` and ``heldout``; returns the files."""
+def write(folder: Path, characters: int = 1_000_000, source: str = "stdlib-docs") -> list[Path]:
+    """The texts as JSON lines, ``train`` and ``heldout``; returns the files. Arguments as of ``documents``."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for split, characters in (("train", 1_000_000), ("heldout", 60_000)):
-        lines = [json.dumps({"text": text}) + "\n" for text in documents(split, characters)]
+    files: list[Path] = []
+    splits: tuple[Split, ...] = ("train", "heldout")
+    for split in splits:
+        texts = documents(split, characters if split == "train" else max(6000, characters // HELDOUT_OF), source)
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
         files.append(folder / f"{split}.jsonl")
         files[-1].write_text("".join(lines), encoding="utf-8")
     return files

@@ -67,7 +67,7 @@ class AuxiliaryRouters(nn.Module):
         self.sizes = tuple(sizes)
         self.groups = nn.ModuleList(AuxiliaryRouter(dim, narrow, size) for size in sizes)
         self.calibrated = threshold == "calibrated"
-        start = 0.0 if isinstance(threshold, str) else float(torch.tensor(threshold, dtype=torch.float64).logit())
+        start = 0.0 if isinstance(threshold, str) else math.log(threshold / (1 - threshold))
         self.register_buffer("threshold", torch.full((sum(sizes),), start))
 
     def trained(self, members: Sequence[Tensor] | None = None) -> bool:
