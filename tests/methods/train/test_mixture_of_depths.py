@@ -264,6 +264,21 @@ def test_generating_is_refused_until_the_auxiliary_router_is_trained() -> None:
         mixed.generate(IDS, **ASK)
 
 
+def test_a_group_that_depth_routing_starved_takes_nothing_there_and_does_not_stop_generation() -> None:
+    model = whole(inside=True)
+    groups = model.model.layers[0].mlp.router.auxiliary.groups
+    before = forward(model)[1]["model.layers.0.mlp"]
+    assert int(before.counts_C()[2:].sum()) > 0
+    nn.init.zeros_(groups[1].out)
+    after = forward(model)[1]["model.layers.0.mlp"]
+    assert after.causal
+    assert after.counts_C().tolist() == [*before.counts_C()[:2].tolist(), 0, 0]
+    model.generate(IDS, **ASK)
+    nn.init.zeros_(groups[0].out)
+    with pytest.raises(ContextError, match=r"model\.layers\.0\.mlp: cannot generate"):
+        model.generate(IDS, **ASK)
+
+
 def test_caches_that_keep_no_place_for_each_position_are_refused() -> None:
     model = whole()
     with pytest.raises(ContextError, match="DynamicCache"):

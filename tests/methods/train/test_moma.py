@@ -372,6 +372,8 @@ def test_generating_is_refused_until_the_auxiliary_routers_are_trained() -> None
         half.model.layers[1].mlp.router.auxiliary.groups[1].out.zero_()
     with pytest.raises(ContextError, match=r"model\.layers\.1\.mlp"):
         half.generate(IDS, **ask)
+    seen = half.generate(IDS[:, :3] % FIRST, **{**ask, "max_new_tokens": 1})
+    assert seen.shape == (2, 4), "text has routers to ask"
 
 
 def test_generation_with_a_cache_is_generation_without_and_survives_the_disk(tmp_path: Path) -> None:
