@@ -314,8 +314,8 @@ STUDY = Study(
         Claim(
             key="untied_image",
             text="One expert for each modality lowers the image loss at equal operations.",
-            where="abstract, table 3",
-            claimed="4t4i reaches the dense image loss with 5.2 times fewer operations",
+            where="the comparison of causal inference with auxiliary routers",
+            claimed="perplexity on Obelics 41.5 against 44.6 dense (overall, text and images)",
             metric="image_loss",
             judge=Beats(method="moma_1t1i", control="dense", by=0.02),
             tells="{moma_1t1i} against {dense}; text {moma_1t1i.text_loss} and {dense.text_loss}.",
@@ -323,7 +323,7 @@ STUDY = Study(
         Claim(
             key="groups_image",
             text="Two experts for each modality lower the image loss at equal operations.",
-            where="abstract, table 3",
+            where="abstract",
             claimed="4t4i reaches the dense image loss with 5.2 times fewer operations",
             metric="image_loss",
             judge=Beats(method="moma_2t2i", control="dense", by=0.02),
@@ -347,7 +347,7 @@ STUDY = Study(
         Claim(
             key="causal_gap",
             text="Auxiliary routers lose little: causal choices cost at most 0.03 nats.",
-            where="section 3.4, table 4",
+            where="the comparison of causal inference with auxiliary routers",
             claimed="4t4i still best in perplexity, 39.0 against 44.6 dense, with auxiliary routers",
             metric="gap",
             judge=Within(arm="moma_2t2i", high=0.03),
@@ -356,7 +356,7 @@ STUDY = Study(
         Claim(
             key="auxiliary_learns",
             text="Auxiliary routers tell the batch's choices better than always giving the commoner answer.",
-            where="section 2.4",
+            where="the training of auxiliary routers",
             claimed="no number in the paper",
             metric="auxiliary_gain",
             judge=Within(arm="moma_2t2i", low=0.0),
@@ -368,7 +368,7 @@ STUDY = Study(
         Claim(
             key="depth_is_fragile",
             text="A wrong choice costs depth routing more than a wrong choice of an expert.",
-            where="section 4.5, figure 6",
+            where="the test with wrong choices, 635M",
             claimed="depth routing stops paying when more than 0.5 % of its choices are wrong",
             metric="rise_per_wrong_choice",
             judge=Beats(method="mod_2t2i", control="moma_2t2i", better="higher"),

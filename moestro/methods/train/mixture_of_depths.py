@@ -17,7 +17,7 @@ which no row takes the block skips it.
 Every second layer: ``swaps: [{sites: block, layers: [0, 2, 4], method: train.mixture_of_depths}]``, after the swaps of
 what stands inside the blocks.
 
-Source: MoMa (2407.21770, section 2.3) after Mixture-of-Depths (2404.02258, eq. 1).
+Source: MoMa (2407.21770, the part on depth routing) after Mixture-of-Depths (2404.02258).
 """
 
 import dataclasses

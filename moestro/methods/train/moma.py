@@ -21,7 +21,7 @@ After that evaluation takes expert j iff a_j(x) > threshold, weighted by S_j, se
 evaluation chooses over its batch and generating is refused. As an objective the method is next-token prediction whose
 losses are called causal_M or noncausal_M, by whether any layer's choice read the batch.
 
-Source: MoMa (2407.21770, sections 2.2 to 2.5).
+Source: MoMa (2407.21770, the parts on modality-aware experts, inference and upcycling).
 """
 
 import itertools
