@@ -212,6 +212,7 @@ STUDY = Study(
             claimed="half; training more than 10 % faster",
             metric="dispatch_bytes",
             judge=Beats(method="residual", control="top2", by=0.5, relative=True),
+            tells="bytes a token: beside a fixed branch {residual}, two routed experts {top2}, one routed {moe}.",
         ),
         Claim(
             key="pr_is_large",
@@ -229,6 +230,7 @@ STUDY = Study(
             claimed="up to 3 times fewer parameters",
             metric="expert_parameters",
             judge=Beats(method="pr_moe", control="moe_large", by=0.55, relative=True),
+            tells="pyramid and residual {pr_moe}, pyramid alone {pyramid}, 16 experts in every layer {moe_large}.",
         ),
         Claim(
             key="pr_is_large_at_equal_compute",

@@ -149,7 +149,7 @@ def setup(budget: Budget) -> Setup:
     return budget.pick(
         ci=Setup(sized(2, 16, 4, 4, 8, 16), 16, 16, 8, min_true=4),
         micro=Setup(sized(2, 48, 16, 80, 12, 96), 800, 96, 12, min_true=30),
-        full=Setup(sized(3, 96, 40, 360, 24, 400), 8000, 400, 24, min_true=100),
+        full=Setup(sized(3, 96, 40, 340, 24, 400), 8000, 400, 24, min_true=100),
     )
 
 

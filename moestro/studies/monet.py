@@ -42,7 +42,7 @@ RATIOS = {"monet_loose": 1.3}
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of every domain: to train on, to find experts with (a part of the former), and held out."""
+    """Rows of every domain: to train on, to find experts with (of the same documents), and held out."""
 
     train: Dataset
     probe: Mapping[str, list[dict[str, Tensor]]]

@@ -73,6 +73,8 @@ def test_reconstruction_by_hand() -> None:
     (loose,) = subject.probe(whole(value), [true], halves(6), config(levels=1, precision=0.5))
     # token 1: told {0}: 0; token 3: told {0, 1}: 1
     assert loose.reconstruction == pytest.approx((0 + 1) / 2)
+    (twice,) = subject.probe(whole(value), [true], halves(6), config(levels=1, min_active=2))
+    assert twice == sure  # unit 0 says yes exactly twice
     (rare,) = subject.probe(whole(value), [true], halves(6), config(levels=1, min_active=3))
     assert rare.reconstruction == 0.0
 
@@ -225,12 +227,12 @@ def test_what_is_reported_is_the_score_of_the_layer_and_chance_that_of_shuffled_
     true = torch.stack([batch % 2 == 0, batch > 50, batch % 5 == 1], -1)
     site, layer = next(iter(mixture_layers(made).items()))
     given = {"input_ids": batch, "properties": true}
-    report = measure(made, [given], layers=[0], precision=0.7)
+    report = subject.measure(MeterInputs(model=made, batches=[given], seed=5), config(layers=[0], precision=0.7))
     seen, codes = subject.run(MeterInputs(model=made, batches=[given]), {site: layer})
     fit = torch.arange(6).repeat_interleave(9) % 2 == 0
     assert torch.equal(seen.sequence_T % 2 == 0, fit)
     labels = true.flatten(0, 1)
-    for name, label in (("", labels), (" by chance", subject.shuffled(labels, fit, 0))):
+    for name, label in (("", labels), (" by chance", subject.shuffled(labels, fit, 5))):
         with torch.no_grad():
             (found,) = subject.probe(subject.blocks(layer.bank, codes[site]), [label], fit, config(precision=0.7))
         assert report.numbers["coverage" + name] == pytest.approx(found.coverage)
