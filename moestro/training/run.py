@@ -87,12 +87,11 @@ def train(
         if group.main and not silent:
             for line in (*notes, *more, *(() if baseline is None else baseline.notes)):
                 Log.announce(line)
-        if group.main:
-            describe(trainer)
-            if baseline is not None:
-                write_text(folder / "recipe.yaml", baseline.text())
+        describe(trainer)
+        if group.main and baseline is not None:
+            write_text(folder / "recipe.yaml", baseline.text())
         result = trainer.run(silent=silent)
-        if group.main and any(phase.on_enter for phase in trainer.recipe.phases):
+        if any(phase.on_enter for phase in trainer.recipe.phases):
             describe(trainer)  # a plan may have changed the model's size
         if result.stopped_by is None:
             save_final(trainer, tokenizer)
@@ -100,11 +99,14 @@ def train(
         return result
 
 
-def describe(trainer: Trainer) -> Path:
-    """Write ``out/run.json``: the recipe, and the size of the model as it is now."""
+def describe(trainer: Trainer) -> None:
+    """Write ``out/run.json``: the recipe, and the size of the model as it is now. All ranks count, the main one writes:
+    looking at a part of sharded weights is a matter of all of them.
+    """
     facts = {"schema": 1, "recipe": trainer.recipe.model_dump(mode="json"), "size": trainer.size().json()}
-    trainer.out.mkdir(parents=True, exist_ok=True)
-    return write_text(trainer.out / RUN, json.dumps(facts, indent=1) + "\n")
+    if trainer.group.main:
+        trainer.out.mkdir(parents=True, exist_ok=True)
+        write_text(trainer.out / RUN, json.dumps(facts, indent=1) + "\n")
 
 
 def prepare(
