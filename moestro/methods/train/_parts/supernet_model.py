@@ -1,0 +1,295 @@
+"""The parts of a supernet that are sliced and not mixed, and its way back to a plain model.
+
+A slice is the first rows and columns of a matrix: the first channels of the model, the first heads, the first neurons.
+Norms and heads slice to the width of what they are given; what else they would have to know comes from the forward's
+architecture.
+"""
+
+import copy
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from moestro import ops
+from moestro.core.context import RoutingContext, current_context, layer_context
+from moestro.core.errors import ConfigError, ContextError
+from moestro.core.layer import MoELayer
+from moestro.core.site import Site, SiteKind
+from moestro.methods.train._parts.supernet_space import Arch, Encoder, Found, Limits, Search, SharedEncoder, Space
+from moestro.models.families import family
+from moestro.models.save import base_config_values
+from moestro.models.sites import sites
+from moestro.models.skeleton import config_from, construct, empty_model, model_class
+from moestro.surgery.opened import form_at
+
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@runtime_checkable
+class Elastic(Protocol):
+    """A module that stands for one of every architecture."""
+
+    def dense(self, arch: Arch) -> dict[str, Tensor]:
+        """The tensors of the plain module of one architecture, by their names there."""
+
+
+def running(space: Encoder, ctx: RoutingContext, hidden: Tensor) -> Arch:
+    """The architecture of this forward.
+
+    Raises:
+        ContextError: see ``Encoder.active``; or hidden states of another width, where a part of the model is plain.
+    """
+    arch = space.active(ctx)
+    if hidden.shape[-1] != arch.hidden:
+        raise ContextError(
+            f"the architecture is {arch.hidden} wide but its layer got {hidden.shape[-1]}; a space that varies hidden "
+            "needs the method at the sites embedding, norm, attention, mlp and head"
+        )
+    return arch
+
+
+def beyond(layer: int | None, arch: Arch) -> bool:
+    """Whether a block is none of the architecture's."""
+    return layer is not None and layer >= arch.layers
+
+
+class ElasticAttention(nn.Module):
+    """The stock attention on its first heads and the first channels of the model; ``inner`` is the stock module."""
+
+    def __init__(self, inner: Any, layer: int | None, space: Encoder) -> None:
+        super().__init__()
+        self.inner, self.layer = inner, layer
+        self.space = SharedEncoder(space)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the stock attention returns."""
+        with layer_context(hidden_states, self.training) as ctx:
+            arch = running(self.space.module, ctx, hidden_states)
+            if beyond(self.layer, arch):
+                return torch.zeros_like(hidden_states), None
+            return functional_call(self.inner, self.dense(arch), (hidden_states, *args), kwargs)
+
+    def dense(self, arch: Arch) -> dict[str, Tensor]:
+        """The tensors of the plain module of one architecture, by their names there."""
+        wide = arch.heads * self.inner.head_dim
+        rows = {"q_proj": wide, "o_proj": arch.hidden}
+        rows |= dict.fromkeys(("k_proj", "v_proj"), wide // self.inner.num_key_value_groups)
+        found = dict(self.inner.named_parameters())
+        for name, count in rows.items():
+            width = wide if name == "o_proj" else arch.hidden
+            found[f"{name}.weight"] = found[f"{name}.weight"][:count, :width]
+            if f"{name}.bias" in found:
+                found[f"{name}.bias"] = found[f"{name}.bias"][:count]
+        return found
+
+
+class ElasticNorm(nn.Module):
+    """The stock norm on the first channels: as many as its input has. ``inner`` is the stock module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalised hidden states, same shape."""
+        cut = {name: p[: hidden.shape[-1]] for name, p in self.inner.named_parameters()}
+        normed: Tensor = functional_call(self.inner, cut, (hidden,))
+        return normed
+
+    def dense(self, arch: Arch) -> dict[str, Tensor]:
+        """The tensors of the plain module of one architecture, by their names there."""
+        return {name: p[: arch.hidden] for name, p in self.inner.named_parameters()}
+
+
+class ElasticEmbedding(nn.Embedding):
+    """The first channels of an embedding; ``weight`` [V, D] is the stock parameter itself, so that a tie holds."""
+
+    def __init__(self, stock: nn.Embedding, space: Encoder) -> None:
+        super().__init__(stock.num_embeddings, stock.embedding_dim, stock.padding_idx, _weight=stock.weight)
+        self.weight = stock.weight
+        self.space = SharedEncoder(space)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, input: Tensor) -> Tensor:
+        """Vectors [..., hidden] of token ids."""
+        width = self.space.module.active(current_context()).hidden
+        return F.embedding(input, self.weight[:, :width], self.padding_idx)
+
+    def dense(self, arch: Arch) -> dict[str, Tensor]:
+        """The tensors of the plain module of one architecture, by their names there."""
+        return {"weight": self.weight[:, : arch.hidden]}
+
+
+class ElasticHead(nn.Module):
+    """An output layer that reads as many channels as its input has; ``weight`` [V, D] is the stock parameter."""
+
+    def __init__(self, stock: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = stock.weight, stock.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]."""
+        return F.linear(hidden, self.weight[:, : hidden.shape[-1]], self.bias)
+
+    def dense(self, arch: Arch) -> dict[str, Tensor]:
+        """The tensors of the plain module of one architecture, by their names there."""
+        more = {} if self.bias is None else {"bias": self.bias}
+        return {"weight": self.weight[:, : arch.hidden], **more}
+
+
+def stock_parts(site: Site, inner: int) -> tuple[dict[str, nn.Linear], ops.Activation]:
+    """The matrices of the dense feed-forward at a site; new ones, gated and without bias, where there is none."""
+    form = form_at(site)
+    if form is None:
+        sizes = {
+            "gate_proj": (site.dim, inner),
+            "up_proj": (site.dim, inner),
+            "down_proj": (inner, site.out or site.dim),
+        }
+        return {name: nn.Linear(*size, bias=False) for name, size in sizes.items()}, "silu"
+    names = family(site.family).ffn
+    if names.split or isinstance(site.module, MoELayer):
+        raise ConfigError(f"{site.path}: a {type(site.module).__name__} of {site.family} is no dense feed-forward")
+    found = {name: site.module.get_submodule(name) for name in (names.gate, names.up, names.down) if name is not None}
+    return found, form.activation  # type: ignore[return-value]
+
+
+def check_site(site: Site, space: Space) -> None:
+    """Raise ConfigError unless the largest architecture is the model at the site."""
+    largest, model = space.largest, site.model_config
+    if site.kind != "mlp" and site.family not in FAMILIES:
+        raise ConfigError(f"{site.path}: slicing a {site.kind} is known for {', '.join(FAMILIES)}, not {site.family}")
+    wide = getattr(model, "hidden_size", site.dim)
+    has = {"hidden": wide, "layers": site.num_layers or largest.layers}
+    if form := form_at(site):
+        has["inner"] = form.inner
+    if site.kind == "attention":
+        heads, groups = model.num_attention_heads, model.num_key_value_heads
+        has |= {"heads": heads}
+        odd = next((arch.heads for arch in space.archs if arch.heads % (heads // groups)), None)
+        if odd is not None:
+            raise ConfigError(f"{site.path}: {heads // groups} heads share one key, which {odd} heads cannot")
+        if site.module.head_dim != space.head_dim:
+            raise ConfigError(f"{site.path}: heads are {site.module.head_dim} wide, not {space.head_dim}")
+    for name, size in has.items():
+        if getattr(largest, name) != size:
+            raise ConfigError(
+                f"{site.path}: the largest {name} of the space is {getattr(largest, name)}, the model has {size}; they "
+                "must be equal"
+            )
+
+
+# -- a whole model ----------------------------------------------------------------------------------------------
+
+
+def encoder_of(model: nn.Module) -> Encoder:
+    """The encoder of a supernet, after a look at whether all that its space varies is elastic.
+
+    Raises:
+        ConfigError: the model is no supernet, or a plain module stands where the space varies a size.
+    """
+    found = next((module for module in model.modules() if isinstance(module, Encoder)), None)
+    if found is None:
+        raise ConfigError(f"{type(model).__name__} is no supernet: no train.mixture_of_supernets stands in it")
+    space = found.space
+    needed: dict[SiteKind, str] = {}
+    if len({arch.hidden for arch in space.archs}) > 1:
+        needed |= dict.fromkeys(("embedding", "norm", "attention", "mlp", "head"), "hidden")
+    if len({arch.inner for arch in space.archs}) > 1:
+        needed["mlp"] = "inner"
+    for name in ("heads", "layers"):
+        if len({getattr(arch, name) for arch in space.archs}) > 1:
+            needed |= dict.fromkeys(("attention", "mlp") if name == "layers" else ("attention",), name)
+    for kind, size in needed.items():
+        plain = next((site for site in sites(model, kind) if not isinstance(site.module, Elastic)), None)
+        if plain is not None:
+            raise ConfigError(
+                f"the space varies {size} but {plain.path} is plain; put the method at the sites {kind} too"
+            )
+    return found
+
+
+def plain_config(model: Any, arch: Arch) -> Any:
+    """The Transformers configuration of one architecture of a supernet."""
+    values = base_config_values(model)
+    group = values["num_attention_heads"] // values["num_key_value_heads"]
+    values |= {
+        "hidden_size": arch.hidden,
+        "intermediate_size": arch.inner,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.heads // group,
+        "head_dim": encoder_of(model).space.head_dim,
+    }
+    if values.get("layer_types"):
+        values["layer_types"] = values["layer_types"][: arch.layers]
+    return config_from(values, "collapse")
+
+
+@torch.no_grad()
+def collapse(model: Any, arch: Any) -> Any:
+    """One architecture of a supernet as a plain Transformers model: mixtures done once, no copies, no routers.
+
+    Args:
+        arch: as a session takes it. The model is left as it is, and shares no memory with the result.
+
+    Raises:
+        ContextError: not in the space. ConfigError: see ``encoder_of``.
+    """
+    chosen = encoder_of(model).space.resolve(arch)
+    config = plain_config(model, chosen)
+    plain = construct(model_class(config, None), config, "collapse").to(model.dtype)
+    training = model.training
+    model.eval()  # no dropout in the routers
+    parts = {path: part.dense(chosen) for path, part in model.named_modules() if isinstance(part, Elastic)}
+    model.train(training)
+    tensors = {f"{path}.{name}": tensor for path, dense in parts.items() for name, tensor in dense.items()}
+    tensors = {**model.state_dict(), **tensors}
+    plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
+    if model.can_generate():
+        plain.generation_config = copy.deepcopy(model.generation_config)
+    return plain.to(model.device).eval()
+
+
+def parameters(model: Any, arch: Arch) -> int:
+    """Parameters of the plain model of an architecture, a tied tensor once."""
+    config = plain_config(model, arch)
+    return sum(p.numel() for p in empty_model(model_class(config, None), config).parameters())
+
+
+def latency(model: Any, arch: Arch, *, length: int = 64, repeats: int = 7) -> float:
+    """Milliseconds of a forward of the collapsed architecture on this machine: one row of ``length`` tokens, median."""
+    plain = collapse(model, arch)
+    ids = torch.zeros(1, length, dtype=torch.int64, device=plain.device)
+    seconds = []
+    with torch.no_grad():
+        plain(input_ids=ids)
+        for _ in range(repeats):
+            started = time.perf_counter()
+            plain(input_ids=ids)
+            seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)
+
+
+def search(model: Any, fitness: Callable[[Arch], float], *, limits: Limits, seed: int = 0, **evolution: Any) -> Found:
+    """The architecture of a trained supernet with the lowest ``fitness(arch)`` that keeps ``limits``.
+
+    Parameters are those of the plain model, latency is measured on it, on this machine; see ``Search`` and its ``run``.
+
+    Raises:
+        ConfigError: no architecture keeps the limits.
+    """
+    space = encoder_of(model).space
+    sizes = functools.partial(parameters, model)
+    return Search(space, fitness, limits, parameters=sizes, latency=functools.partial(latency, model), seed=seed).run(
+        **evolution
+    )
