@@ -30,7 +30,7 @@ from moestro.models.skeleton import config_from, construct, empty_model, model_c
 from moestro.surgery.opened import form_at
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2")
 
 
 @runtime_checkable
@@ -173,19 +173,20 @@ def check_site(site: Site, space: Space) -> None:
     if form := form_at(site):
         has["inner"] = form.inner
     if site.kind == "attention":
-        heads, groups = model.num_attention_heads, model.num_key_value_heads
-        has |= {"heads": heads}
-        odd = next((arch.heads for arch in space.archs if arch.heads % (heads // groups)), None)
-        if odd is not None:
-            raise ConfigError(f"{site.path}: {heads // groups} heads share one key, which {odd} heads cannot")
-        if site.module.head_dim != space.head_dim:
-            raise ConfigError(f"{site.path}: heads are {site.module.head_dim} wide, not {space.head_dim}")
+        has["heads"] = model.num_attention_heads
     for name, size in has.items():
         if getattr(largest, name) != size:
             raise ConfigError(
                 f"{site.path}: the largest {name} of the space is {getattr(largest, name)}, the model has {size}; they "
                 "must be equal"
             )
+    if site.kind == "attention":
+        group = model.num_attention_heads // model.num_key_value_heads
+        odd = next((arch.heads for arch in space.archs if arch.heads % group), None)
+        if odd is not None:
+            raise ConfigError(f"{site.path}: {group} heads share one key, so {odd} heads cannot be cut off")
+        if site.module.head_dim != space.head_dim:
+            raise ConfigError(f"{site.path}: heads are {site.module.head_dim} wide, the space says {space.head_dim}")
 
 
 # -- a whole model ----------------------------------------------------------------------------------------------
