@@ -43,7 +43,6 @@ from moestro.methods.train._parts.supernet_model import (
     ElasticEmbedding,
     ElasticHead,
     ElasticNorm,
-    beyond,
     check_site,
     collapse,
     encoder_of,
@@ -186,8 +185,8 @@ class ElasticFFN(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Output [..., hidden] of hidden states [..., hidden]; zero in a block that the architecture does not have."""
         with layer_context(hidden, self.training) as ctx:
-            arch = running(self.space.module, ctx, hidden)
-            if beyond(self.layer, arch):
+            arch = running(self.space, ctx, hidden, self.layer)
+            if arch is None:
                 return torch.zeros_like(hidden)
             weights = self.mixed(arch)
             first = [weights[name] for name in self.before]

@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from moestro import ops
@@ -41,24 +40,33 @@ class Elastic(Protocol):
         """The tensors of the plain module of one architecture, by their names there."""
 
 
-def running(space: Encoder, ctx: RoutingContext, hidden: Tensor) -> Arch:
-    """The architecture of this forward.
+def running(space: SharedEncoder, ctx: RoutingContext, hidden: Tensor, layer: int | None) -> Arch | None:
+    """The architecture of this forward; None where it has no block ``layer``.
 
     Raises:
         ContextError: see ``Encoder.active``; or hidden states of another width, where a part of the model is plain.
     """
-    arch = space.active(ctx)
+    arch = space.module.active(ctx)
     if hidden.shape[-1] != arch.hidden:
         raise ContextError(
             f"the architecture is {arch.hidden} wide but its layer got {hidden.shape[-1]}; a space that varies hidden "
             "needs the method at the sites embedding, norm, attention, mlp and head"
         )
-    return arch
+    return None if layer is not None and layer >= arch.layers else arch
 
 
-def beyond(layer: int | None, arch: Arch) -> bool:
-    """Whether a block is none of the architecture's."""
-    return layer is not None and layer >= arch.layers
+def sliced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
+    """A copy of ``module`` for one call that computes with ``tensors`` in place of its parameters.
+
+    ``torch.func.functional_call`` would put them into the module itself for a while, where another thread finds them.
+    """
+    one = copy.copy(module)
+    one.__dict__["_parameters"] = {name: tensors.get(name) for name in module._parameters}
+    one.__dict__["_modules"] = {
+        child: sliced(part, {n.removeprefix(f"{child}."): t for n, t in tensors.items() if n.startswith(f"{child}.")})
+        for child, part in module.named_children()
+    }
+    return one
 
 
 class ElasticAttention(nn.Module):
@@ -73,13 +81,13 @@ class ElasticAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the stock attention returns."""
         with layer_context(hidden_states, self.training) as ctx:
-            arch = running(self.space.module, ctx, hidden_states)
-            if beyond(self.layer, arch):
+            arch = running(self.space, ctx, hidden_states, self.layer)
+            if arch is None:
                 return torch.zeros_like(hidden_states), None
-            return functional_call(self.inner, self.dense(arch), (hidden_states, *args), kwargs)
+            return sliced(self.inner, self.dense(arch))(hidden_states, *args, **kwargs)
 
     def dense(self, arch: Arch) -> dict[str, Tensor]:
-        """The tensors of the plain module of one architecture, by their names there."""
+        """See Elastic."""
         wide = arch.heads * self.inner.head_dim
         rows = {"q_proj": wide, "o_proj": arch.hidden}
         rows |= dict.fromkeys(("k_proj", "v_proj"), wide // self.inner.num_key_value_groups)
@@ -99,14 +107,15 @@ class ElasticNorm(nn.Module):
         super().__init__()
         self.inner = inner
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states, same shape."""
         cut = {name: p[: hidden.shape[-1]] for name, p in self.inner.named_parameters()}
-        normed: Tensor = functional_call(self.inner, cut, (hidden,))
+        normed: Tensor = sliced(self.inner, cut)(hidden)
         return normed
 
     def dense(self, arch: Arch) -> dict[str, Tensor]:
-        """The tensors of the plain module of one architecture, by their names there."""
+        """See Elastic."""
         return {name: p[: arch.hidden] for name, p in self.inner.named_parameters()}
 
 
@@ -125,7 +134,7 @@ class ElasticEmbedding(nn.Embedding):
         return F.embedding(input, self.weight[:, :width], self.padding_idx)
 
     def dense(self, arch: Arch) -> dict[str, Tensor]:
-        """The tensors of the plain module of one architecture, by their names there."""
+        """See Elastic."""
         return {"weight": self.weight[:, : arch.hidden]}
 
 
@@ -141,7 +150,7 @@ class ElasticHead(nn.Module):
         return F.linear(hidden, self.weight[:, : hidden.shape[-1]], self.bias)
 
     def dense(self, arch: Arch) -> dict[str, Tensor]:
-        """The tensors of the plain module of one architecture, by their names there."""
+        """See Elastic."""
         more = {} if self.bias is None else {"bias": self.bias}
         return {"weight": self.weight[:, : arch.hidden], **more}
 

@@ -39,7 +39,7 @@ class Arch:
     layers: int
 
 
-Genes = tuple[int, float, int | None, int]
+Genes = tuple[Any, ...]
 """The choices behind an architecture: hidden; inner, or its ratio; heads, or None where they follow; layers."""
 
 
@@ -118,7 +118,7 @@ class Space(BaseConfig):
 
     @property
     def smallest(self) -> Arch:
-        """The narrowest one, of those the one with the fewest neurons, then heads, then blocks."""
+        """The narrowest, of those the one with the fewest neurons, then heads, then blocks."""
         return self.archs[0]
 
     def resolve(self, asked: Any) -> Arch:
@@ -267,14 +267,14 @@ class Search:
         return arch in self.fits and (bound is None or self.latency(arch) <= bound)
 
     def run(self, *, generations: int = 8, population: int = 16, parents: int = 4, mutate: float = 0.3) -> Found:
-        """The fittest architecture seen."""
-        seen = set(self.first(population))
+        """The fittest architecture seen; each of the ``generations`` has up to ``population`` new ones."""
+        seen = dict.fromkeys(self.first(population))
         for _ in range(generations):
-            best = sorted(seen, key=self.loss)[:parents]
-            for _ in range(population):
+            best, most = sorted(seen, key=self.loss)[:parents], len(seen) + population
+            for _ in range(10 * population):
                 child = self.child(best, mutate)
-                if child is not None and self.keeps(child):
-                    seen.add(child)
+                if len(seen) < most and child is not None and child not in seen and self.keeps(child):
+                    seen[child] = None
         arch = min(seen, key=self.loss)
         latency = None if self.limits.latency is None else self.latency(arch)
         return Found(arch, self.loss(arch), self.size(arch), latency)
@@ -298,5 +298,4 @@ class Search:
         for place, choices in enumerate(self.space.genes):
             if self.random.random() < mutate:
                 genes[place] = self.random.choice(choices)
-        hidden, width, heads, layers = genes
-        return self.space.decode((hidden, width, heads, layers))
+        return self.space.decode(tuple(genes))
