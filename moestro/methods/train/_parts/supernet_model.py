@@ -1,8 +1,7 @@
 """The parts of a supernet that are sliced and not mixed, and its way back to a plain model.
 
 A slice is the first rows and columns of a matrix: the first channels of the model, the first heads, the first neurons.
-Norms and heads slice to the width of what they are given; what else they would have to know comes from the forward's
-architecture.
+Norms and heads slice to the width of what they are given; the others ask for the architecture of the forward.
 """
 
 import copy
@@ -159,12 +158,8 @@ def stock_parts(site: Site, inner: int) -> tuple[dict[str, nn.Linear], ops.Activ
     """The matrices of the dense feed-forward at a site; new ones, gated and without bias, where there is none."""
     form = form_at(site)
     if form is None:
-        sizes = {
-            "gate_proj": (site.dim, inner),
-            "up_proj": (site.dim, inner),
-            "down_proj": (inner, site.out or site.dim),
-        }
-        return {name: nn.Linear(*size, bias=False) for name, size in sizes.items()}, "silu"
+        new = {name: nn.Linear(site.dim, inner, bias=False) for name in ("gate_proj", "up_proj")}
+        return {**new, "down_proj": nn.Linear(inner, site.out or site.dim, bias=False)}, "silu"
     names = family(site.family).ffn
     if names.split or isinstance(site.module, MoELayer):
         raise ConfigError(f"{site.path}: a {type(site.module).__name__} of {site.family} is no dense feed-forward")

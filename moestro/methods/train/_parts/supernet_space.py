@@ -1,6 +1,4 @@
-"""The menu of a supernet: which architectures there are, how a router reads one, which one a forward runs, and a search
-among them.
-"""
+"""The architectures of a supernet: which there are, how a router reads one, which one runs, a search among them."""
 
 import functools
 import hashlib
@@ -91,12 +89,16 @@ class Space(BaseConfig):
         width: list[Any] = self.inner if self.inner is not None else self.ratio or []
         return self.hidden, width, self.heads or [None], self.layers
 
-    def decode(self, genes: Genes) -> Arch | None:
-        """The architecture of some choices; None where the heads do not divide the width."""
+    def sized(self, genes: Genes) -> Arch:
+        """The sizes that some choices stand for."""
         hidden, width, heads, layers = genes
         heads = hidden // self.head_dim if heads is None else heads
-        inner = round(width * hidden) if self.inner is None else int(width)
-        return None if hidden % heads else Arch(hidden, inner, heads, layers)
+        return Arch(hidden, round(width * hidden) if self.inner is None else width, heads, layers)
+
+    def decode(self, genes: Genes) -> Arch | None:
+        """The architecture of some choices; None where the heads do not divide the width."""
+        arch = self.sized(genes)
+        return None if arch.hidden % arch.heads else arch
 
     @functools.cached_property
     def by_arch(self) -> dict[Arch, Genes]:
@@ -112,9 +114,7 @@ class Space(BaseConfig):
     @property
     def largest(self) -> Arch:
         """The whole network."""
-        hidden, width = max(self.hidden), max(self.genes[1])
-        heads = hidden // self.head_dim if self.heads is None else max(self.heads)
-        return Arch(hidden, round(width * hidden) if self.inner is None else int(width), heads, max(self.layers))
+        return self.sized(tuple(map(max, self.genes)))
 
     @property
     def smallest(self) -> Arch:
@@ -131,9 +131,7 @@ class Space(BaseConfig):
             return self.largest
         sizes = dict(asked) if isinstance(asked, Mapping) else asdict(asked) if isinstance(asked, Arch) else {}
         if set(sizes) != set(FEATURES):
-            raise ContextError(
-                f"arch={asked!r}: an architecture has the sizes {', '.join(FEATURES)}, no more, no fewer"
-            )
+            raise ContextError(f"arch={asked!r}: an architecture has exactly the sizes {', '.join(FEATURES)}")
         arch = Arch(**sizes)
         if arch not in self.by_arch:
             width = self.inner or f"{self.ratio} x hidden"
@@ -250,7 +248,8 @@ class Search:
         seed: int = 0,
     ) -> None:
         self.space, self.limits = space, limits
-        self.loss, self.size, self.latency = map(functools.cache, (fitness, parameters, latency))
+        self.loss, self.size = functools.cache(fitness), functools.cache(parameters)
+        self.latency = functools.cache(latency)
         self.random = random.Random(seed)
         most = math.inf if limits.parameters is None else limits.parameters
         self.fits = [arch for arch in space.archs if limits.at_least <= self.size(arch) <= most]
