@@ -37,8 +37,8 @@ FIXED = ((-1, -1, -1), (-1, 0, 0), (-2, -1, 0), (-2, 1, -1), (0, -1, -1), (0, 0,
 
 @dataclass(frozen=True)
 class Setup:
-    """A supernet arm: routing and copies; ``longer`` times the steps; ``blind`` routers that never see the architecture;
-    ``upcycled`` from the trained largest network.
+    """A supernet arm: how copies are mixed; ``longer`` times the steps; ``blind``: routers that never see the
+    architecture; ``upcycled`` from the trained largest network.
     """
 
     routing: str = "none"
@@ -268,8 +268,8 @@ STUDY = Study(
     setting=(
         "A menu of 18 Llama models (widths 32, 64, 96; inner widths 1, 2, 4 times that; 2 or 3 blocks) on the standard "
         "library's source files, 400 sandwich steps of 8 x 64 tokens with two copies, from scratch; six sizes are "
-        "compared with networks trained alone for 400 updates. A smaller setting than a test of this kind deserves, for "
-        "the sake of one core and five minutes a seed. The paper trains BERT-base supernets for 125k steps and "
+        "compared with networks trained alone for 400 updates. Small, so that a seed takes five minutes on one "
+        "core. The paper trains BERT-base supernets for 125k steps and "
         "translation models on GPUs; its tables could not be read, so claims are those of the abstract."
     ),
     claims=(
@@ -280,8 +280,8 @@ STUDY = Study(
             claimed="a large performance gap (no number)",
             metric="gap",
             judge=Within(arm="plain", low=0.02),
-            tells="held-out loss {plain.heldout_loss} in the supernet, {standalone.heldout_loss} alone; gap of the largest "
-            "{plain.gap_largest}, of the smallest {plain.gap_smallest}.",
+            tells="held-out loss {plain.heldout_loss} in the supernet, {standalone.heldout_loss} alone; gap of the "
+            "largest {plain.gap_largest}, of the smallest {plain.gap_smallest}.",
         ),
         Claim(
             key="closes",
@@ -348,8 +348,8 @@ STUDY = Study(
             claimed="better than the plain supernet (no number)",
             metric="gap",
             judge=Beats(method="neuron_upcycled", control="plain_upcycled"),
-            tells="copies that started equal differ by {neuron_upcycled.copy_distance} standard deviations at most, random "
-            "ones by {neuron.copy_distance}.",
+            tells="copies that started equal differ by {neuron_upcycled.copy_distance} standard deviations at most, "
+            "random ones by {neuron.copy_distance}.",
         ),
         Claim(
             key="overhead",
