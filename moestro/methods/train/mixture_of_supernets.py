@@ -64,8 +64,9 @@ class Config(BaseConfig):
     Attributes:
         space: the architectures. experts: m, copies of a feed-forward's weights. routing: how they are mixed.
         router_hidden: width of a router. router_dropout: on its hidden layer, while training.
-        init: further copies start as the first one, which is what stands at the site ("copies": for trained weights),
-            or with random weights of its size ("random": from scratch).
+        init: what the copies start as. "copies": all as the first one, which stands at the site (for trained weights);
+            "random": the others with random weights of its size; "scaled": random, and all sqrt(m) larger, since an
+            even mixture of independent copies is that much smaller than each.
         pop_size: random architectures in a step. distill: the largest teaches the others.
     """
 
@@ -74,7 +75,7 @@ class Config(BaseConfig):
     routing: Literal["none", "layer", "neuron"] = "neuron"
     router_hidden: int = Field(default=128, ge=1)
     router_dropout: float = Field(default=0.0, ge=0, lt=1)
-    init: Literal["copies", "random"] = "random"
+    init: Literal["copies", "random", "scaled"] = "random"
     pop_size: int = Field(default=1, ge=0)
     distill: bool = False
 
@@ -130,9 +131,10 @@ class ElasticLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([first.weight.detach()] * experts))
         self.bias = None if first.bias is None else nn.Parameter(torch.stack([first.bias.detach()] * experts))
-        if init == "random" and not self.weight.is_meta:
+        if init != "copies" and not self.weight.is_meta:
             with torch.no_grad():
                 self.weight[1:].normal_(std=float(first.weight.std()))
+                self.weight.mul_(experts**0.5 if init == "scaled" else 1.0)
 
     def forward(self, share_OM: Tensor | None, out: int, inner: int) -> tuple[Tensor, Tensor | None]:
         """W_a [out, inner] and b_a [out] of one architecture; share None: the only copy."""

@@ -14,7 +14,14 @@ from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.core.site import Shared, Site
 from moestro.methods.train._parts.supernet_model import encoder_of, plain_config
-from moestro.methods.train.mixture_of_supernets import ArchRouter, ElasticFFN, collapse, copy_distance, mix
+from moestro.methods.train.mixture_of_supernets import (
+    ArchRouter,
+    ElasticFFN,
+    ElasticLinear,
+    collapse,
+    copy_distance,
+    mix,
+)
 from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
@@ -146,6 +153,17 @@ def test_equal_copies_are_plain_slicing_whatever_the_router_says(routing: str) -
         expected = logits(plain, arch)
         torch.testing.assert_close(logits(mixed, arch), expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-6)
         assert (logits(apart, arch) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("init", "size"), [("copies", 1.0), ("random", 3**-0.5), ("scaled", 1.0)])
+def test_an_even_mixture_is_as_large_as_the_start_says(init: str, size: float) -> None:
+    stock = nn.Linear(200, 300)
+    torch.manual_seed(0)
+    copies = ElasticLinear(stock, 3, init).weight.detach()
+    even = mix(copies, torch.full((1, 3), 1 / 3))
+    assert float(even.std() / stock.weight.std()) == pytest.approx(size, rel=0.02)
+    first = copies[0] / (3**0.5 if init == "scaled" else 1)
+    torch.testing.assert_close(first, stock.weight.detach())
 
 
 def test_the_largest_plain_supernet_is_the_stock_model() -> None:
