@@ -44,16 +44,15 @@ from moestro.methods.train._parts.supernet_model import (
     ElasticHead,
     ElasticNorm,
     check_site,
-    collapse,
     encoder_of,
     running,
-    search,
     stock_parts,
 )
-from moestro.methods.train._parts.supernet_space import FEATURES, PART, Arch, Encoder, Limits, SharedEncoder, Space
+from moestro.methods.train._parts.supernet_model import collapse as collapse
+from moestro.methods.train._parts.supernet_model import search as search
+from moestro.methods.train._parts.supernet_space import FEATURES, PART, Arch, Encoder, SharedEncoder, Space
+from moestro.methods.train._parts.supernet_space import Limits as Limits
 
-
-__all__ = ["Arch", "Config", "Limits", "Space", "collapse", "search"]
 
 EXAMPLE = {"hidden": [8, 16], "head_dim": 8, "inner": [12, 24], "layers": [1]}
 
@@ -220,6 +219,12 @@ def copy_distance(model: nn.Module) -> dict[str, float]:
     return found
 
 
+def sandwich(space: Space, pop_size: int) -> list[tuple[str, Arch]]:
+    """The architectures of a step by the name of their loss; random ones from PyTorch's generator."""
+    places = torch.randint(len(space.archs), (pop_size,)).tolist()
+    return [("largest", space.largest), ("smallest", space.smallest), *(("random", space.archs[i]) for i in places)]
+
+
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The elastic module for a site.
 
@@ -243,12 +248,6 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     if site.kind in ("norm", "head"):
         return ElasticNorm(stock) if site.kind == "norm" else ElasticHead(stock)
     raise ConfigError(f"{site.path}: a {site.kind} is not elastic; mlp, attention, norm, embedding and head are")
-
-
-def sandwich(space: Space, pop_size: int) -> list[tuple[str, Arch]]:
-    """The architectures of a step by the name of their loss; random ones from PyTorch's generator."""
-    places = torch.randint(len(space.archs), (pop_size,)).tolist()
-    return [("largest", space.largest), ("smallest", space.smallest), *(("random", space.archs[i]) for i in places)]
 
 
 def objective(model: nn.Module, batch: dict[str, Tensor], teachers: Any, config: Config) -> dict[str, LossTerm]:
