@@ -44,6 +44,7 @@ from moestro.methods.train._parts.supernet_model import (
     ElasticHead,
     ElasticNorm,
     check_site,
+    default_space,
     encoder_of,
     running,
     stock_parts,
@@ -54,14 +55,12 @@ from moestro.methods.train._parts.supernet_space import FEATURES, PART, Arch, En
 from moestro.methods.train._parts.supernet_space import Limits as Limits
 
 
-EXAMPLE = {"hidden": [8, 16], "head_dim": 8, "inner": [12, 24], "layers": [1]}
-
-
 class Config(BaseConfig):
     """Settings, the same at every site of a model and for the objective.
 
     Attributes:
-        space: the architectures. experts: m, copies of a feed-forward's weights. routing: how they are mixed.
+        space: the architectures; None: those with a quarter, a half or all of the neurons.
+        experts: m, copies of a feed-forward's weights. routing: how they are mixed.
         router_hidden: width of a router. router_dropout: on its hidden layer, while training.
         init: what the copies start as. "copies": all as the first one, which stands at the site (for trained weights);
             "random": the others with random weights of its size; "scaled": random, and all sqrt(m) larger, since an
@@ -69,7 +68,7 @@ class Config(BaseConfig):
         pop_size: random architectures in a step. distill: the largest teaches the others.
     """
 
-    space: Space = Field(examples=[EXAMPLE])
+    space: Space | None = None
     experts: int = Field(default=2, ge=1)
     routing: Literal["none", "layer", "neuron"] = "neuron"
     router_hidden: int = Field(default=128, ge=1)
@@ -232,14 +231,15 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         ConfigError: the largest architecture is not the model, a kind of site or a family that is not known, or other
             settings of the space at another site.
     """
-    check_site(site, config.space)
-    space = shared(PART, lambda: Encoder(config.space))
+    menu = config.space or default_space(site)
+    check_site(site, menu)
+    space = shared(PART, lambda: Encoder(menu))
     assert isinstance(space, Encoder)
-    if space.space != config.space:
+    if space.space != menu:
         raise ConfigError(f"{site.path}: another search space than at the sites before; a model has one")
     stock: Any = site.module
     if site.kind == "mlp":
-        parts, activation = stock_parts(site, config.space.largest.inner)
+        parts, activation = stock_parts(site, menu.largest.inner)
         return ElasticFFN(parts, activation, site.layer, config, space)
     if site.kind == "attention":
         return ElasticAttention(stock, site.layer, space)
@@ -259,7 +259,7 @@ def objective(model: nn.Module, batch: dict[str, Tensor], teachers: Any, config:
         ConfigError: the model is no supernet, or one of another space; the batch has no labels.
     """
     space = encoder_of(model).space
-    if space != config.space:
+    if config.space not in (None, space):
         raise ConfigError("the objective names another search space than the model's; give both the same settings")
     if "labels" not in batch:
         raise ConfigError(f"a supernet learns next tokens, from a batch with labels; this one has {', '.join(batch)}")

@@ -450,13 +450,27 @@ def test_an_impossible_space_is_refused_when_built(change: dict, message: str) -
         ({"space": {**SPACE, "layers": [1, 3]}}, "largest layers of the space is 3, the model has 2"),
         ({"space": {**SPACE, "ratio": [1, 2]}}, "largest inner of the space is 64, the model has 48"),
         ({"space": {**SPACE, "head_dim": 16}}, "largest heads of the space is 2, the model has 4"),
-        ({"space": {**SPACE, "head_dim": 16, "heads": [2, 4]}}, "heads are 8 wide, the space says 16"),
+        ({"space": {**SPACE, "head_dim": 16, "heads": [2, 4]}}, "largest head_dim of the space is 16, the model has 8"),
         ({"space": {**SPACE, "hidden": [8, 32]}}, "2 heads share one key, so 1 heads cannot"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         supernet(kinds=("attention", "mlp"), **change)
+
+
+def test_without_a_space_the_neurons_alone_vary() -> None:
+    model = supernet(space=None, kinds=("mlp",))
+    space = encoder_of(model).space
+    assert {(arch.hidden, arch.heads, arch.layers) for arch in space.archs} == {(32, 4, 2)}
+    assert [arch.inner for arch in space.archs] == [12, 24, 48]
+    for arch in space.archs:
+        plain = collapse(model, arch)
+        torch.testing.assert_close(plain(input_ids=IDS).logits, logits(model, arch), atol=1e-5, rtol=1e-5)
+    whole = supernet(space=None)
+    assert encoder_of(whole).space == space, "the same at every kind of site"
+    with pytest.raises(ConfigError, match="Identity does not tell its inner width; give a space"):
+        method(ID).build(Site(path="mlp", kind="mlp", module=nn.Identity(), dim=4), method(ID).configure({}), Shared())
 
 
 def test_a_part_that_stayed_plain_is_named() -> None:

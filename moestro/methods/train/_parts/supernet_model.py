@@ -25,10 +25,17 @@ from moestro.models.families import family
 from moestro.models.save import base_config_values
 from moestro.models.sites import sites
 from moestro.models.skeleton import config_from, construct, empty_model, model_class
+from moestro.models.spec import Get
 from moestro.surgery.opened import form_at
 
 
 FAMILIES = ("llama", "mistral", "qwen2")
+NEEDS: dict[str, tuple[SiteKind, ...]] = {
+    "hidden": ("embedding", "norm", "attention", "mlp", "head"),
+    "inner": ("mlp",),
+    "heads": ("attention",),
+    "layers": ("attention", "mlp"),
+}
 
 
 @runtime_checkable
@@ -49,7 +56,7 @@ def running(space: SharedEncoder, ctx: RoutingContext, hidden: Tensor, layer: in
     if hidden.shape[-1] != arch.hidden:
         raise ContextError(
             f"the architecture is {arch.hidden} wide but its layer got {hidden.shape[-1]}; a space that varies hidden "
-            "needs the method at the sites embedding, norm, attention, mlp and head"
+            f"needs the method at the sites {', '.join(NEEDS['hidden'])}"
         )
     return None if layer is not None and layer >= arch.layers else arch
 
@@ -57,7 +64,7 @@ def running(space: SharedEncoder, ctx: RoutingContext, hidden: Tensor, layer: in
 def sliced(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     """A copy of ``module`` for one call that computes with ``tensors`` in place of its parameters.
 
-    ``torch.func.functional_call`` would put them into the module itself for a while, where another thread finds them.
+    ``torch.func.functional_call`` would put them into the module itself, where another thread finds them.
     """
     one = copy.copy(module)
     one.__dict__["_parameters"] = {name: tensors.get(name) for name in module._parameters}
@@ -150,8 +157,7 @@ class ElasticHead(nn.Module):
 
     def dense(self, arch: Arch) -> dict[str, Tensor]:
         """See Elastic."""
-        more = {} if self.bias is None else {"bias": self.bias}
-        return {"weight": self.weight[:, : arch.hidden], **more}
+        return {"weight": self.weight[:, : arch.hidden], **({} if self.bias is None else {"bias": self.bias})}
 
 
 def stock_parts(site: Site, inner: int) -> tuple[dict[str, nn.Linear], ops.Activation]:
@@ -167,33 +173,41 @@ def stock_parts(site: Site, inner: int) -> tuple[dict[str, nn.Linear], ops.Activ
     return found, form.activation  # type: ignore[return-value]
 
 
+def default_space(site: Site) -> Space:
+    """A quarter, a half and all of the neurons of the feed-forwards; everything else as it is."""
+    get, form = Get(site.model_config), form_at(site)
+    inner = form.inner if form else get("intermediate_size", default=None)
+    if inner is None:
+        raise ConfigError(f"{site.path}: {type(site.module).__name__} does not tell its inner width; give a space")
+    heads = get("num_attention_heads", default=None)
+    return Space(
+        hidden=[site.dim],
+        heads=None if heads is None else [heads],
+        head_dim=get("head_dim", default=site.dim // (heads or 1)),
+        inner=sorted({max(1, inner // part) for part in (4, 2, 1)}),
+        layers=[get("num_hidden_layers", default=site.num_layers or 1)],
+    )
+
+
 def check_site(site: Site, space: Space) -> None:
     """Raise ConfigError unless the largest architecture is the model at the site."""
     largest, model = space.largest, site.model_config
     if site.kind != "mlp" and site.family not in FAMILIES:
         raise ConfigError(f"{site.path}: slicing a {site.kind} is known for {', '.join(FAMILIES)}, not {site.family}")
-    wide = getattr(model, "hidden_size", site.dim)
-    has = {"hidden": wide, "layers": site.num_layers or largest.layers}
+    has = {"hidden": getattr(model, "hidden_size", site.dim), "layers": site.num_layers or largest.layers}
     if form := form_at(site):
         has["inner"] = form.inner
     if site.kind == "attention":
-        has["heads"] = model.num_attention_heads
+        has |= {"heads": model.num_attention_heads, "head_dim": site.module.head_dim}
     for name, size in has.items():
-        if getattr(largest, name) != size:
-            raise ConfigError(
-                f"{site.path}: the largest {name} of the space is {getattr(largest, name)}, the model has {size}; they "
-                "must be equal"
-            )
+        told = getattr(space if name == "head_dim" else largest, name)
+        if told != size:
+            raise ConfigError(f"{site.path}: the largest {name} of the space is {told}, the model has {size}")
     if site.kind == "attention":
         group = model.num_attention_heads // model.num_key_value_heads
-        odd = next((arch.heads for arch in space.archs if arch.heads % group), None)
-        if odd is not None:
-            raise ConfigError(f"{site.path}: {group} heads share one key, so {odd} heads cannot be cut off")
-        if site.module.head_dim != space.head_dim:
-            raise ConfigError(f"{site.path}: heads are {site.module.head_dim} wide, the space says {space.head_dim}")
-
-
-# -- a whole model ----------------------------------------------------------------------------------------------
+        for arch in space.archs:
+            if arch.heads % group:
+                raise ConfigError(f"{site.path}: {group} heads share one key, so {arch.heads} heads cannot be cut off")
 
 
 def encoder_of(model: nn.Module) -> Encoder:
@@ -205,21 +219,13 @@ def encoder_of(model: nn.Module) -> Encoder:
     found = next((module for module in model.modules() if isinstance(module, Encoder)), None)
     if found is None:
         raise ConfigError(f"{type(model).__name__} is no supernet: no train.mixture_of_supernets stands in it")
-    space = found.space
-    needed: dict[SiteKind, str] = {}
-    if len({arch.hidden for arch in space.archs}) > 1:
-        needed |= dict.fromkeys(("embedding", "norm", "attention", "mlp", "head"), "hidden")
-    if len({arch.inner for arch in space.archs}) > 1:
-        needed["mlp"] = "inner"
-    for name in ("heads", "layers"):
-        if len({getattr(arch, name) for arch in space.archs}) > 1:
-            needed |= dict.fromkeys(("attention", "mlp") if name == "layers" else ("attention",), name)
-    for kind, size in needed.items():
-        plain = next((site for site in sites(model, kind) if not isinstance(site.module, Elastic)), None)
-        if plain is not None:
-            raise ConfigError(
-                f"the space varies {size} but {plain.path} is plain; put the method at the sites {kind} too"
-            )
+    for name, kinds in NEEDS.items():
+        fixed = len({getattr(arch, name) for arch in found.space.archs}) == 1
+        for site in () if fixed else (site for kind in kinds for site in sites(model, kind)):
+            if not isinstance(site.module, Elastic):
+                raise ConfigError(
+                    f"the space varies {name} but {site.path} is plain; put the method at the sites {site.kind} too"
+                )
     return found
 
 
@@ -227,14 +233,9 @@ def plain_config(model: Any, arch: Arch) -> Any:
     """The Transformers configuration of one architecture of a supernet."""
     values = base_config_values(model)
     group = values["num_attention_heads"] // values["num_key_value_heads"]
-    values |= {
-        "hidden_size": arch.hidden,
-        "intermediate_size": arch.inner,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.heads // group,
-        "head_dim": encoder_of(model).space.head_dim,
-    }
+    values.update(hidden_size=arch.hidden, intermediate_size=arch.inner, num_hidden_layers=arch.layers)
+    values.update(num_attention_heads=arch.heads, num_key_value_heads=arch.heads // group)
+    values["head_dim"] = encoder_of(model).space.head_dim
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][: arch.layers]
     return config_from(values, "collapse")
@@ -257,8 +258,9 @@ def collapse(model: Any, arch: Any) -> Any:
     model.eval()  # no dropout in the routers
     parts = {path: part.dense(chosen) for path, part in model.named_modules() if isinstance(part, Elastic)}
     model.train(training)
-    tensors = {f"{path}.{name}": tensor for path, dense in parts.items() for name, tensor in dense.items()}
-    tensors = {**model.state_dict(), **tensors}
+    tensors = model.state_dict() | {
+        f"{path}.{n}": tensor for path, dense in parts.items() for n, tensor in dense.items()
+    }
     plain.load_state_dict({name: tensors[name] for name in plain.state_dict()})
     if model.can_generate():
         plain.generation_config = copy.deepcopy(model.generation_config)
@@ -271,27 +273,24 @@ def parameters(model: Any, arch: Arch) -> int:
     return sum(p.numel() for p in empty_model(model_class(config, None), config).parameters())
 
 
+@torch.no_grad()
 def latency(model: Any, arch: Arch, *, length: int = 64, repeats: int = 7) -> float:
     """Milliseconds of a forward of the collapsed architecture on this machine: one row of ``length`` tokens, median."""
     plain = collapse(model, arch)
     ids = torch.zeros(1, length, dtype=torch.int64, device=plain.device)
     seconds = []
-    with torch.no_grad():
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
         plain(input_ids=ids)
-        for _ in range(repeats):
-            started = time.perf_counter()
-            plain(input_ids=ids)
-            seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds)
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds[1:])
 
 
 def search(model: Any, fitness: Callable[[Arch], float], *, limits: Limits, seed: int = 0, **evolution: Any) -> Found:
     """The architecture of a trained supernet with the lowest ``fitness(arch)`` that keeps ``limits``.
 
-    Parameters are those of the plain model, latency is measured on it, on this machine; see ``Search`` and its ``run``.
-
-    Raises:
-        ConfigError: no architecture keeps the limits.
+    Parameters are those of the plain model, latency is measured on it, on this machine. Raises as ``Search`` does,
+    whose ``run`` takes ``evolution``.
     """
     space = encoder_of(model).space
     sizes = functools.partial(parameters, model)
