@@ -400,6 +400,8 @@ def test_another_encoding_than_the_trained_one_is_refused(tmp_path) -> None:
     changed = moestro.load(str(tmp_path / "net"))
     with pytest.raises(ContextError, match=r"another search space or encoding .* by \[32, 4, 48, 2\]"):
         logits(changed, None)
+    with pytest.raises(ContextError, match="another search space"):
+        collapse(changed, SMALL)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------

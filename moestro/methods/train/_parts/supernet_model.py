@@ -219,6 +219,7 @@ def encoder_of(model: nn.Module) -> Encoder:
     found = next((module for module in model.modules() if isinstance(module, Encoder)), None)
     if found is None:
         raise ConfigError(f"{type(model).__name__} is no supernet: no train.mixture_of_supernets stands in it")
+    found.check()
     for name, kinds in NEEDS.items():
         fixed = len({getattr(arch, name) for arch in found.space.archs}) == 1
         for site in () if fixed else (site for kind in kinds for site in sites(model, kind)):

@@ -173,20 +173,24 @@ class Encoder(nn.Module):
         sizes = torch.tensor([getattr(arch, name) for name in FEATURES], device=self.constants.device)
         return sizes.float() / self.constants.float()
 
-    def active(self, ctx: RoutingContext | None) -> Arch:
-        """The architecture of this forward: what its session asks for, else the largest.
-
-        Raises:
-            ContextError: not in the space, or the space of the settings is not the one that was trained.
-        """
-        found: Arch | None = None if ctx is None else ctx.get(PART, "arch")
-        if found is not None:
-            return found
+    def check(self) -> None:
+        """Raise ContextError if the space of the settings is not the one that was trained."""
         if bytes(self.digest.tolist()) != self.space.digest() or self.constants.tolist() != constants(self.space):
             raise ContextError(
                 f"the supernet was trained with another search space or encoding (it divided {', '.join(FEATURES)} by "
                 f"{self.constants.tolist()}); give the settings it was trained with"
             )
+
+    def active(self, ctx: RoutingContext | None) -> Arch:
+        """The architecture of this forward: what its session asks for, else the largest.
+
+        Raises:
+            ContextError: not in the space; or see ``check``.
+        """
+        found: Arch | None = None if ctx is None else ctx.get(PART, "arch")
+        if found is not None:
+            return found
+        self.check()
         found = self.space.resolve((current_session() if ctx is None else ctx.session).arch)
         if ctx is not None:
             ctx.put(PART, "arch", found)
@@ -197,9 +201,6 @@ class SharedEncoder(Borrowed):
     """The encoder as a module holds it."""
 
     module: Encoder
-
-
-# -- search -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
