@@ -187,8 +187,7 @@ class Encoder(nn.Module):
         Raises:
             ContextError: not in the space; or see ``check``.
         """
-        found: Arch | None = None if ctx is None else ctx.get(PART, "arch")
-        if found is not None:
+        if ctx is not None and isinstance(found := ctx.get(PART, "arch"), Arch):
             return found
         self.check()
         found = self.space.resolve((current_session() if ctx is None else ctx.session).arch)
