@@ -157,7 +157,9 @@ def _follow(built: nn.Module, old: nn.Module, model: nn.Module) -> None:
     like = next((p for part in (old, model) for p in part.parameters() if p.is_floating_point()), None)
     for module in built.modules():
         for name, param in module.named_parameters(recurse=False):
-            if like is not None and param.is_floating_point() and not param.is_meta and not like.is_meta:
+            if like is None or not param.is_floating_point() or param.is_meta or like.is_meta:
+                continue
+            if (param.dtype, param.device) != (like.dtype, like.device):  # else it stays itself, and tied if it was
                 module._parameters[name] = nn.Parameter(param.data.to(like), requires_grad=param.requires_grad)
         for name, buffer in module.named_buffers(recurse=False):
             if like is not None and not like.is_meta:
