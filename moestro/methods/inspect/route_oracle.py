@@ -186,7 +186,7 @@ def budget_rows(
     """One row a budget; the best fixed pattern is chosen on the even tokens for the odd ones and vice versa."""
     rows = []
     count_P = (every == 0).sum(1)
-    for budget in count_P.unique().tolist():
+    for budget in torch.unique(count_P).tolist():
         at_P = count_P == budget
         loss, entropy = loss_PN[at_P], entropy_PN[at_P]
         even, odd = loss[:, ::2], loss[:, 1::2]

@@ -92,6 +92,17 @@ def test_without_narrowing_and_with_identity_projections_it_is_the_plain_mixture
     torch.testing.assert_close(layer(x), plain(x), atol=1e-6, rtol=1e-6)
 
 
+def test_projections_keep_the_scale_of_rows_at_the_start() -> None:
+    torch.manual_seed(0)
+    use = method("train.bigmac")
+    site = Site(path="mlp", kind="mlp", module=nn.Identity(), dim=512, out=512)
+    layer = use.build(site, use.configure({"down_ratio": 0.25}), Shared())
+    x = torch.randn(64, 512)
+    narrow = layer.pre(x)
+    assert float(narrow.detach().std()) == pytest.approx(1.0, abs=0.05)
+    assert float(layer.post(torch.randn(64, 128)).detach().std()) == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("width", "ratio", "experts"), [(16, 0.5, 4), (96, 0.25, 6), (64, 0.125, 3)])
 def test_parameters_are_the_closed_form_and_experts_as_large_as_fine_grained_ones(
