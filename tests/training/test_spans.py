@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from moestro.data.spans import Question, Window
+from moestro.studies._cloze import word_tokenizer
 from moestro.testing.tiny import tiny_folder, tiny_model
 from moestro.training.build import open_model
 from moestro.training.objectives import Span, make_objective, span_logits
 from moestro.training.recipe import ObjectiveConfig
-from moestro.training.spans import predict, scores
+from moestro.training.spans import predict, scores, span_qa
 
 
 class Tokens:
@@ -99,3 +100,36 @@ def test_evaluation_is_the_same_twice_and_leaves_the_mode() -> None:
     questions = [Question("?", "a b"), Question("?", "c")]
     assert predict(model, [(cut, batch)], questions) == predict(model, [(cut, batch)], questions)
     assert model.training
+
+
+def test_every_domain_has_its_scores_and_counts_what_could_not_be_asked() -> None:
+    context = "a wise king lives in the old town far away"
+    tokenizer = word_tokenizer([context])
+    model = tiny_model("bert", cls="BertForQuestionAnswering")
+    asked = Question("king ?", context)
+    at, size = span_of(model, tokenizer, asked)
+    right = Question("king ?", context, ((at, context[at : at + size]),))
+    data = {"right": [right, Question("king ?", " ")], "wrong": [Question("king ?", context, ((0, "a"),))]}
+    found = {rows: span_qa(model, tokenizer, data, length=12, stride=3, rows=rows) for rows in (1, 16)}
+    assert found[1] == found[16]
+    assert found[1]["right"] == {"f1": 1.0, "em": 1.0, "skipped": 1.0}  # nothing is right where there is no answer
+    assert found[1]["wrong"]["em"] == 0.0
+
+
+def span_of(model: Any, tokenizer: Any, one: Question) -> tuple[int, int]:
+    """(first character, length) of the best answer, by looking at every pair in every window."""
+    cut = tokenizer(
+        one.question, one.context, truncation="only_second", max_length=12, stride=3, return_overflowing_tokens=True,
+        return_offsets_mapping=True, return_token_type_ids=True,
+    )  # fmt: skip
+    best = (float("-inf"), 0, 0)
+    for row in range(len(cut["input_ids"])):
+        inputs = {key: torch.tensor([cut[key][row]]) for key in ("input_ids", "token_type_ids")}
+        with torch.no_grad():
+            logits = model(**inputs)
+        inside = [i for i, part in enumerate(cut.sequence_ids(row)) if part == 1]
+        for start in inside:
+            for end in (i for i in inside if i >= start):
+                a, b = cut["offset_mapping"][row][start][0], cut["offset_mapping"][row][end][1]
+                best = max(best, (float(logits.start_logits[0, start] + logits.end_logits[0, end]), a, b - a))
+    return best[1], best[2]
