@@ -12,6 +12,7 @@ from moestro.core.errors import ConfigError, DataError
 from moestro.core.trace import RoutingTrace
 from moestro.data.packing import chunk, pack
 from moestro.data.sources import BUILTIN_PREFIX, Record, Split, read_records, read_texts
+from moestro.data.spans import Window, read_question, windows
 from moestro.data.tokens import byte_tokenizer, encode, open_tokenizer, separator_id, train_bpe
 
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Example = Mapping[str, Any]
 TRACE_SUFFIX = ".trace"
 TRACE_ROWS = 64  # sequences read from a trace at a time
-Shape = Literal["packed", "chunks", "labels", "pairs", "tensors"]
+Shape = Literal["packed", "chunks", "labels", "pairs", "spans", "tensors"]
 
 
 class SourceConfig(Config):
@@ -31,8 +32,9 @@ class SourceConfig(Config):
         source: file, folder, ``builtin:NAME``, or ``X.trace``, a recorded trace's token ids (packed and chunked
             examples; the tokenizer must be the traced model's).
         split: part of a built-in corpus (default: its train part).
-        text: field that holds the text (the input text for classification and sequence to sequence).
-        label: field of the class. target: field of the output text.
+        text: field that holds the text (the input text for classification and sequence to sequence, the context of a
+            question). label: field of the class. target: field of the output text.
+        question, answers: fields of a question about the text and of its answers (``moestro.data.spans``).
         limit: at most this many records, from the front.
     """
 
@@ -41,6 +43,8 @@ class SourceConfig(Config):
     text: str = "text"
     label: str = "label"
     target: str = "target"
+    question: str = "question"
+    answers: str = "answers"
     limit: int | None = Field(default=None, ge=1)
 
     @property
@@ -57,11 +61,13 @@ class DataConfig(Config):
         tokenizer: ``model`` (the loaded model's own), ``bytes``, ``bpe:SIZE`` (learned from the sources), or a folder
             or hub id that Transformers can load.
         sequence_length: tokens of a packed sequence, and the longest piece of a padded one.
+        stride: tokens that neighbouring windows of a context share, for questions.
     """
 
     sources: dict[str, SourceConfig]
     tokenizer: str = "model"
     sequence_length: int = Field(default=512, ge=2)
+    stride: int = Field(default=128, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +144,7 @@ def build_dataset(
 
     Args:
         shape: ``packed`` {input_ids [S], starts [S]}; ``chunks`` {input_ids}; ``labels`` {input_ids, label};
-            ``pairs`` {input_ids, target_ids}.
+            ``pairs`` {input_ids, target_ids}; ``spans`` {input_ids, token_type_ids, start, end}.
         labels: class names in order; default: the sorted values found.
 
     Raises:
@@ -158,6 +164,10 @@ def build_dataset(
         return _labelled(config, tokenizer, labels)
     if shape == "pairs":
         return Dataset({name: _pairs(source, tokenizer, length) for name, source in config.sources.items()})
+    if shape == "spans":
+        return Dataset(
+            {name: _named(name, _spans, source, tokenizer, config) for name, source in config.sources.items()}
+        )
     raise ConfigError(f"examples of shape {shape!r} are not read from text; pass a Dataset to the trainer")
 
 
@@ -237,3 +247,22 @@ def _pairs(source: SourceConfig, tokenizer: "PreTrainedTokenizerBase", length: i
     inputs = _with_specials(tokenizer, [row["text"] for row in rows], length)
     targets = _with_specials(tokenizer, [str(row["target"]) for row in rows], length)
     return [{"input_ids": ids, "target_ids": target} for ids, target in zip(inputs, targets, strict=True)]
+
+
+def _spans(source: SourceConfig, tokenizer: "PreTrainedTokenizerBase", config: DataConfig) -> list[Example]:
+    rows = _rows(source, {"text": source.text, "question": source.question, "answers": source.answers})
+    questions = [read_question(row, f"{source.source}, record {number}") for number, row in enumerate(rows, 1)]
+    found, skipped = windows(tokenizer, questions, config.sequence_length, config.stride)
+    if not found:
+        raise DataError(f"none of {skipped} questions fits sequence_length={config.sequence_length}; give more tokens")
+    return [span_example(window) for window in found]
+
+
+def span_example(window: Window) -> Example:
+    """A window as the objective ``span`` takes it."""
+    return {
+        "input_ids": window.input_ids,
+        "token_type_ids": window.token_type_ids,
+        "start": window.start,
+        "end": window.end,
+    }

@@ -22,6 +22,7 @@ TASKS: dict[Head, str] = {
     "masked": "masked-lm",
     "classification": "sequence-classification",
     "seq2seq": "seq2seq-lm",
+    "span": "question-answering",
 }
 
 

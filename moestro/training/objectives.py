@@ -1,4 +1,4 @@
-"""What is learned from a batch: an extension point with four built-in objectives.
+"""What is learned from a batch: an extension point with five built-in objectives.
 
 An objective turns examples into a batch, says how many units the batch holds before anything runs, and returns losses
 as *sums* (``LossTerm``), so that the loop can divide by the units of the whole optimiser step: one batch of eight rows
@@ -31,7 +31,7 @@ Teachers = Mapping[str, nn.Module]
 Losses = dict[str, LossTerm]
 
 BLIND_TO_PACKING = frozenset({"gpt_oss"})
-LABEL_KEYS = frozenset({"labels", "label", "target_ids"})
+LABEL_KEYS = frozenset({"labels", "label", "target_ids", "start_positions", "end_positions"})
 
 
 class Objective(ABC):
@@ -216,6 +216,43 @@ class SeqToSeq(Objective):
         return {"seq2seq": cross_entropy(run(model, batch), batch["labels"])}
 
 
+class Span(Objective):
+    """Where an answer begins and ends in a window of its context; the first token of a window means "not here".
+
+    A row costs (CE_start + CE_end) / 2 over its real tokens.
+    """
+
+    shape = "spans"
+    head = "span"
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.pad_id = pad_id(tokenizer)
+
+    def collate(self, examples: Sequence[Example], rngs: Sequence[np.random.Generator]) -> Batch:
+        """{input_ids, attention_mask, token_type_ids [B, S], start_positions, end_positions [B]}, int64."""
+        ids_BS, mask_BS = pad([example["input_ids"] for example in examples], self.pad_id)
+        return {
+            "input_ids": ids_BS,
+            "attention_mask": mask_BS,
+            "token_type_ids": pad([example["token_type_ids"] for example in examples], 0)[0],
+            "start_positions": torch.tensor([int(example["start"]) for example in examples]),
+            "end_positions": torch.tensor([int(example["end"]) for example in examples]),
+        }
+
+    def targets(self, batch: Batch) -> int:
+        """Rows."""
+        return len(batch["start_positions"])
+
+    def __call__(self, model: nn.Module, batch: Batch, teachers: Teachers) -> Losses:
+        """{span}: half the cross entropy of start and end in nats, summed over rows."""
+        start_BS, end_BS = span_logits(model, batch)
+        start, end = (
+            cross_entropy(logits_BS, batch[key]).total
+            for logits_BS, key in ((start_BS, "start_positions"), (end_BS, "end_positions"))
+        )
+        return {"span": LossTerm((start + end) / 2, "token")}
+
+
 class MethodObjective(Objective):
     """A method's entry ``objective(model, batch, teachers[, config]) -> {name: loss}`` on a built-in's batches.
 
@@ -266,7 +303,7 @@ def make_objective(
         part = method(config.method)
         base = make_objective(ObjectiveConfig(method=config.base), tokenizer, model_config)
         return MethodObjective(base, part.entry("objective"), part.configure(dict(config.config)))
-    known = ("causal", "masked", "classification", "seq2seq")
+    known = ("causal", "masked", "classification", "seq2seq", "span")
     if config.method not in known:
         raise ConfigError(f"objective {config.method!r}: expected {', '.join(known)} or a method id such as train.x")
     if unknown := sorted(set(config.config) - ({"share"} if config.method == "masked" else set())):
@@ -279,11 +316,30 @@ def make_objective(
         raise ConfigError(f"objective {config.method!r} needs a tokenizer")
     if config.method == "masked":
         return Masked(tokenizer, **config.config)
+    if config.method == "span":
+        return Span(tokenizer)
     return SeqToSeq(tokenizer, getattr(model_config, "decoder_start_token_id", None))
 
 
 def run(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits. Only inputs that its ``forward`` names are passed; labels never are."""
+    """The model's logits."""
+    output = outputs(model, batch)
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def span_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits of start and end [B, S], float32; -inf at padding. A plain module may return both as one [B, S, 2]."""
+    output = outputs(model, batch)
+    pair = output.unbind(-1) if isinstance(output, Tensor) else (output.start_logits, output.end_logits)
+    start_BS, end_BS = (
+        logits_BS.float().masked_fill(batch["attention_mask"] == 0, float("-inf")) for logits_BS in pair
+    )
+    return start_BS, end_BS
+
+
+def outputs(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns. Only inputs that its ``forward`` names are passed; labels never are."""
     parameters = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
     named = {key: value for key, value in inputs.items() if key in parameters}
@@ -291,9 +347,7 @@ def run(model: nn.Module, batch: Batch) -> Tensor:
         inputs = named  # else a wrapper that passes everything on
     if "use_cache" in parameters:
         inputs["use_cache"] = False
-    output = model(**inputs)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+    return model(**inputs)
 
 
 def check_packing(model: nn.Module, batch: Batch) -> None:

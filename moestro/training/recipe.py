@@ -26,7 +26,7 @@ from moestro.training.schedule import ScheduleConfig, Value
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Head = Literal["causal", "masked", "classification", "seq2seq"]
+Head = Literal["causal", "masked", "classification", "seq2seq", "span"]
 
 
 class SwapConfig(Config):
@@ -88,7 +88,7 @@ class ObjectiveConfig(Config):
     """What is learned: a built-in name, or a method with the entry ``objective``.
 
     Attributes:
-        method: ``causal``, ``masked``, ``classification``, ``seq2seq``, or a method id.
+        method: ``causal``, ``masked``, ``classification``, ``seq2seq``, ``span``, or a method id.
         base: for a method: the built-in objective whose batches it works on.
     """
 

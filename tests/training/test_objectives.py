@@ -173,7 +173,7 @@ def test_a_methods_objective_joins_by_id(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_bad_objectives() -> None:
-    with pytest.raises(ConfigError, match="expected causal, masked, classification, seq2seq or a method id"):
+    with pytest.raises(ConfigError, match="expected causal, masked, classification, seq2seq, span or a method id"):
         make_objective(ObjectiveConfig(method="casual"))
     with pytest.raises(RegistryError, match="no method"):
         make_objective(ObjectiveConfig(method="train.none"))

@@ -17,12 +17,18 @@ def fair_share(num_tokens: int, num_experts: int, factor: float) -> int:
 
 
 def within_capacity(
-    expert_T: Tensor, row_T: Tensor, num_rows: int, num_experts: int, capacity: int, priority_T: Tensor | None = None
+    expert_T: Tensor,
+    row_T: Tensor,
+    num_rows: int,
+    num_experts: int,
+    capacity: int | Tensor,
+    priority_T: Tensor | None = None,
 ) -> Tensor:
     """Which tokens find a place, bool [T]: the first ``capacity`` of each (row, expert).
 
     Args:
         expert_T, row_T: int64 [T]; experts count their places anew in every row.
+        capacity: places; int64 [T] where they differ by row.
         priority_T: any float [T]: the highest comes first, equal ones in the order of tokens. None: order of tokens.
     """
     key_T = row_T * num_experts + expert_T
