@@ -7,7 +7,7 @@ copied, and all slices together are the dense block:
     FFN(x) = b_down + sum_i a(x W_up,i^T + b_up,i) W_down,i^T         attention(x) = b_out + sum_i heads_i(x) W_out,i^T
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,10 @@ from moestro import ops
 from moestro.core.bank import Bank
 from moestro.core.cache import cache_state
 from moestro.core.context import current_context
+from moestro.core.cost import over_experts
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.routing import Routing
+from moestro.core.site import Borrowed
 from moestro.core.tokens import tokens_of_shape
 from moestro.methods.train._parts.assignments import dense_weights
 
@@ -29,22 +31,12 @@ Angles = tuple[Tensor, Tensor]  # cosine and sine of rotary positions, [..., hea
 
 def cut_rows(weight_ID: Tensor, count: int) -> Tensor:
     """Slices [E, I / E, ...] of rows (or of a bias [I]), a view."""
-    return weight_ID.unflatten(0, (count, -1))
+    return weight_ID.view(count, -1, *weight_ID.shape[1:])
 
 
 def cut_columns(weight_OI: Tensor, count: int) -> Tensor:
     """Slices [E, O, I / E] of columns, a view."""
-    return weight_OI.unflatten(1, (count, -1)).transpose(0, 1)
-
-
-def join_rows(slices_EID: Tensor) -> Tensor:
-    """The inverse of ``cut_rows``."""
-    return slices_EID.flatten(0, 1)
-
-
-def join_columns(slices_EOI: Tensor) -> Tensor:
-    """The inverse of ``cut_columns``."""
-    return slices_EOI.transpose(0, 1).flatten(1)
+    return weight_OI.view(len(weight_OI), count, -1).transpose(0, 1)
 
 
 class SlicedBank(Bank):
@@ -63,7 +55,7 @@ class SlicedBank(Bank):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """What the experts are made of, so that sizes count it as theirs."""
-        yield from (linear.weight for linear in self.linears.values())
+        return (linear.get_parameter("weight") for linear in self.linears.values())
 
     def cut(self, projection: str) -> Tensor:
         """All slices of a projection [E, out, in], fewer where experts share them; a view."""
@@ -80,14 +72,18 @@ class SlicedBank(Bank):
         self.check(projection, expert)
         return self.cut(projection)[expert * self.counts[projection] // self.num_experts]
 
-    def stacked(self, projection: str) -> Tensor | None:
-        """See Bank."""
-        self.check(projection, 0)
-        return self.cut(projection) if self.counts[projection] == self.num_experts else None
-
     def _tensors(self, expert: int) -> list[Tensor]:
         biases = [bias for name in self.projections if (bias := self.cut_bias(name)) is not None]
         return super()._tensors(expert) + [bias[expert * len(bias) // self.num_experts] for bias in biases]
+
+    def with_bias(self, y_TO: Tensor) -> Tensor:
+        """A sum of slices and the block's own output bias."""
+        bias: Tensor | None = self.linears[self.projections[-1]].bias
+        return y_TO if bias is None else y_TO + bias
+
+    def flops(self, rows_E: Sequence[float], length: int) -> float:
+        """Operations a token, of ``length`` in a sequence, when expert e computes ``rows_E[e]`` rows a token."""
+        return over_experts(rows_E, [self.flops_per_row(expert) for expert in range(self.num_experts)])
 
     def project(self, projection: str, rows_ND: Tensor, segments: ops.Segments) -> Tensor:
         """Rows sorted by expert through their slices, [N, out]."""
@@ -112,7 +108,7 @@ class UnitBank(SlicedBank):
             raise ConfigError(f"num_slices={num_experts} does not divide the {width} hidden units; give a divisor")
         super().__init__(num_experts, linears, {})
         self.activation = activation
-        self.dropped: tuple[Any, ...] = () if dropout is None else (dropout,)  # registered in the dense block only
+        self.dropout = Borrowed(nn.Identity() if dropout is None else dropout)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """See Bank."""
@@ -122,29 +118,8 @@ class UnitBank(SlicedBank):
         hidden_NI = ops.apply_activation(self.project(self.projections[0], rows_ND, segments), self.activation, False)
         if len(self.projections) == 3:
             hidden_NI = hidden_NI * self.project("up", rows_ND, segments)
-        for dropout in self.dropped:
-            hidden_NI = dropout(hidden_NI)
-        out_NO = self.project("down", hidden_NI, segments)
+        out_NO = self.project("down", self.dropout(hidden_NI), segments)
         return ops.scatter_rows(out_NO, token_N, routing.weight_N[segments.order_N], routing.num_tokens)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """A dense attention.
-
-    Attributes:
-        linears: query, key, value, output. head_dim: width of a head. scaling: factor on the scores. causal: a query
-            sees no later key. dropout: of the attention weights while training. layer: index in the cache.
-        norms: of queries and keys before the rotation, over head_dim.
-    """
-
-    linears: Mapping[str, nn.Linear]
-    head_dim: int
-    scaling: float
-    causal: bool
-    dropout: float = 0.0
-    layer: int = 0
-    norms: Mapping[str, nn.Module] = ()  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -152,9 +127,9 @@ class Call:
     """What an attention is told beside its input.
 
     Attributes:
-        site: names its state in the cache. mask: [B, 1, S, L], boolean or additive, as Transformers makes it.
-        cache: the Transformers cache. angles: of the S positions, None without rotary positions.
-        at: positions -> angles; given, positions are places among the tokens of the head.
+        site: names its state in the cache. mask: [B, 1, S, L], boolean or additive. cache: the Transformers cache.
+        angles: of the S positions, None without rotary positions. at: positions -> angles; given, positions are places
+            among the tokens of the head.
     """
 
     site: str = ""
@@ -162,19 +137,6 @@ class Call:
     cache: Any = None
     angles: Angles | None = None
     at: Callable[[Tensor], Angles] | None = None
-
-
-@dataclass(frozen=True)
-class Held:
-    """Keys and values for every position, 0 where no head reads them; which a head holds, how many of before this
-    forward; how many positions were cached.
-    """
-
-    mask_EBL: Tensor
-    before_EB: Tensor
-    past: int
-    key_UBLHd: Tensor
-    value_UBLHd: Tensor
 
 
 def compact(mask_XL: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,21 +172,30 @@ class HeadBank(SlicedBank):
 
     Key and value heads that several groups read are computed once, for the tokens of any of them.
 
+    Args:
+        linears: query, key, value, output. head_dim: width of a head. scaling: factor on the scores. causal: a query
+            sees no later key. dropout: of the attention weights while training. layer: index in the cache.
+        norms: of "query" and "key" before the rotation, over head_dim.
+
     Raises:
         ConfigError: the heads do not divide into groups, or a group would cut through the readers of a key head.
     """
 
-    def __init__(self, dense: Heads, heads_per_expert: int) -> None:
-        heads, shared = (dense.linears[name].out_features // dense.head_dim for name in ("query", "key"))
+    def __init__(
+        self, heads_per_expert: int, linears: Mapping[str, nn.Linear], head_dim: int, scaling: float, causal: bool,
+        dropout: float, layer: int, norms: Mapping[str, nn.Module],
+    ) -> None:  # fmt: skip
+        heads, shared = (linears[name].out_features // head_dim for name in ("query", "key"))
         readers = heads // shared
         if heads % heads_per_expert or (heads_per_expert % readers and readers % heads_per_expert):
             raise ConfigError(
                 f"heads_per_expert={heads_per_expert} does not cut {heads} heads evenly, {readers} of which read a key "
                 f"head; it must divide {heads} and divide {readers} or be a multiple of it"
             )
-        self.units = min(heads // heads_per_expert, shared)  # groups of key heads
-        super().__init__(heads // heads_per_expert, dense.linears, {"key": self.units, "value": self.units})
-        self.dense, self.width, self.unit_width = dense, heads_per_expert, shared // self.units
+        units = min(heads // heads_per_expert, shared)  # groups of key heads
+        super().__init__(heads // heads_per_expert, linears, {"key": units, "value": units})
+        self.units, self.width, self.unit_width, self.head_dim = units, heads_per_expert, shared // units, head_dim
+        self.scaling, self.causal, self.drop, self.layer, self.norms = scaling, causal, dropout, layer, dict(norms)
 
     def forward(self, x_TD: Tensor, routing: Routing, call: Call | None = None) -> Tensor:
         """Weighted sum of the heads' outputs [T, D] without the output bias; padding is left out."""
@@ -234,30 +205,30 @@ class HeadBank(SlicedBank):
         chosen_TE = torch.zeros(len(x_TD), self.num_experts, dtype=torch.bool, device=x_TD.device)
         chosen_TE[routing.token_N, routing.expert_N] = True
         chosen_EBS = (chosen_TE & tokens.valid_T[:, None]).T.reshape(shape)
-        if not chosen_EBS.any():
+        if call.cache is None and not chosen_EBS.any():
             return x_TD.new_zeros(len(x_TD), self.linears["output"].out_features)
-        held = self._remember(chosen_EBS, *self._keys(x_TD, chosen_EBS, call), call)
+        held_EBL, past, key, value = self._remember(chosen_EBS, *self._keys(x_TD, chosen_EBS, call), call)
         at_EBQ, asks_EBQ = compact(chosen_EBS)
         expert_N, row_N, slot_N = asks_EBQ.nonzero(as_tuple=True)
         token_N = row_N * tokens.width + at_EBQ[asks_EBQ]
         segments = ops.sort_rows(expert_N, self.num_experts)
         query_NHd = self._heads("query", x_TD[token_N], segments)
         if call.at is not None:
-            query_NHd = rotate(query_NHd, call.at(held.before_EB[expert_N, row_N] + slot_N))
+            query_NHd = rotate(query_NHd, call.at(held_EBL[..., :past].sum(-1)[expert_N, row_N] + slot_N))
         elif call.angles is not None:
             query_NHd = rotate(query_NHd, _picked(call.angles, shape[1:], token_N))
-        out_NHd = self._attend(query_NHd, at_EBQ, asks_EBQ, held, call)
+        out_NHd = self._attend(query_NHd, at_EBQ, asks_EBQ, held_EBL, past, key, value, call)
         out_NO = self.project("output", out_NHd.flatten(1), segments)
         return ops.scatter_rows(out_NO, token_N, dense_weights(routing)[token_N, expert_N], len(x_TD))
 
     def _heads(self, name: str, rows_ND: Tensor, segments: ops.Segments) -> Tensor:
         """Heads [N, H, head_dim] of sorted rows, normalised where the attention does so."""
-        heads_NHd = self.project(name, rows_ND, segments).unflatten(1, (-1, self.dense.head_dim))
-        return self.dense.norms[name](heads_NHd) if name in self.dense.norms else heads_NHd
+        heads_NHd = self.project(name, rows_ND, segments).view(len(rows_ND), -1, self.head_dim)
+        return self.norms.get(name, nn.Identity())(heads_NHd)  # type: ignore[no-any-return]
 
     def _keys(self, x_TD: Tensor, chosen_EBS: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Keys and values [U, B, S, H, head_dim], 0 where no expert of the unit reads them."""
-        read_UBS = chosen_EBS.unflatten(0, (self.units, -1)).any(1)
+        read_UBS = chosen_EBS.view(self.units, -1, *chosen_EBS.shape[1:]).any(1)
         unit_N, row_N, column_N = read_UBS.nonzero(as_tuple=True)
         token_N = row_N * read_UBS.shape[2] + column_N
         segments, rows_ND = ops.sort_rows(unit_N, self.units), x_TD[token_N]
@@ -267,47 +238,60 @@ class HeadBank(SlicedBank):
         empty = key_NHd.new_zeros(*read_UBS.shape, *key_NHd.shape[1:])
         return empty.index_put((read_UBS,), key_NHd), empty.index_put((read_UBS,), value_NHd)
 
-    def _remember(self, chosen_EBS: Tensor, key_UBSHd: Tensor, value_UBSHd: Tensor, call: Call) -> Held:
-        """This forward's tokens, behind those of the cache. The cache has room for every position; which of them a head
-        holds is state of its own.
+    def _remember(
+        self, chosen_EBS: Tensor, key_UBSHd: Tensor, value_UBSHd: Tensor, call: Call
+    ) -> tuple[Tensor, int, Tensor, Tensor]:
+        """Positions that a head holds [E, B, L], how many were cached, keys and values over L. The cache has room for
+        every position; which of them a head holds is state of its own.
         """
         if call.cache is None:
-            return Held(chosen_EBS, torch.zeros_like(chosen_EBS[..., 0], dtype=torch.long), 0, key_UBSHd, value_UBSHd)
-        name, past = f"{call.site}.held", int(call.cache.get_seq_length(self.dense.layer))
-        state = cache_state(call.cache)
-        held_BEL = chosen_EBS.transpose(0, 1)
+            return chosen_EBS, 0, key_UBSHd, value_UBSHd
+        name, past = f"{call.site}.held", int(call.cache.get_seq_length(self.layer))
+        state, held_BEL = cache_state(call.cache), chosen_EBS.transpose(0, 1)
         if past:
             if name not in state:
                 raise ContextError(f"{call.site}: the cache holds {past} positions of another model; start a new one")
             held_BEL = torch.cat([state[name][..., :past], held_BEL], -1)
         state[name] = held_BEL
         flat = (part.permute(1, 0, 3, 2, 4).flatten(1, 2) for part in (key_UBSHd, value_UBSHd))
-        whole = [part.unflatten(1, (self.units, -1)) for part in call.cache.update(*flat, self.dense.layer)]
-        missing = whole[0].shape[3] - held_BEL.shape[-1]  # a cache of fixed size is longer, one with a window shorter
+        key, value = (part.unflatten(1, (self.units, -1)) for part in call.cache.update(*flat, self.layer))
+        missing = key.shape[3] - held_BEL.shape[-1]  # a cache of fixed size is longer, one with a window shorter
         if missing < 0:
             raise ContextError(f"{call.site}: the cache dropped {-missing} positions; use one without a window")
-        mask_EBL = nn.functional.pad(held_BEL, (0, missing)).transpose(0, 1)
-        return Held(mask_EBL, held_BEL[..., :past].sum(-1).T, past, *(part.permute(1, 0, 3, 2, 4) for part in whole))
+        held_EBL = nn.functional.pad(held_BEL, (0, missing)).transpose(0, 1)
+        return held_EBL, past, key.permute(1, 0, 3, 2, 4), value.permute(1, 0, 3, 2, 4)
 
-    def _attend(self, query_NHd: Tensor, at_EBQ: Tensor, asks_EBQ: Tensor, held: Held, call: Call) -> Tensor:
+    def _attend(
+        self, query_NHd: Tensor, at_EBQ: Tensor, asks_EBQ: Tensor, held_EBL: Tensor, past: int, key_UBLHd: Tensor,
+        value_UBLHd: Tensor, call: Call,
+    ) -> Tensor:  # fmt: skip
         """Outputs of the heads [N, H, head_dim]."""
-        from_EBK, there_EBK = compact(held.mask_EBL)
+        from_EBK, there_EBK = compact(held_EBL)
         unit_E = torch.arange(self.num_experts, device=at_EBQ.device) * self.units // self.num_experts
         row_B1 = torch.arange(at_EBQ.shape[1], device=at_EBQ.device)[:, None]
         index = (unit_E[:, None, None], row_B1, from_EBK)
-        key_EBKHd, value_EBKHd = held.key_UBLHd[index], held.value_UBLHd[index]
+        key_EBKHd, value_EBKHd = key_UBLHd[index], value_UBLHd[index]
         if call.at is not None:
             key_EBKHd = rotate(key_EBKHd, call.at(torch.arange(from_EBK.shape[2], device=at_EBQ.device)))
         query_EBQHd = query_NHd.new_zeros(*at_EBQ.shape, *query_NHd.shape[1:]).index_put((asks_EBQ,), query_NHd)
         query, key, value = (part.flatten(0, 1).transpose(1, 2) for part in (query_EBQHd, key_EBKHd, value_EBKHd))
         key, value = (part.repeat_interleave(self.width // self.unit_width, 1) for part in (key, value))
-        seen_EBQK = visible(at_EBQ, from_EBK, held.past, call.mask, self.dense.causal)
-        seen_EBQK = (seen_EBQK & there_EBK[..., None, :]) | ~asks_EBQ[..., None]  # filling must not attend to nothing
-        out = nn.functional.scaled_dot_product_attention(
-            query, key, value, seen_EBQK.flatten(0, 1)[:, None], self.dense.dropout if self.training else 0.0,
-            scale=self.dense.scaling,
-        )  # fmt: skip
-        return out.transpose(1, 2).unflatten(0, at_EBQ.shape[:2])[asks_EBQ]
+        seen_EBQK = visible(at_EBQ, from_EBK, past, call.mask, self.causal) & there_EBK[..., None, :]
+        seen_EBQK = seen_EBQK | ~asks_EBQ[..., None]  # filling must not attend to nothing
+        mask, drop = seen_EBQK.flatten(0, 1)[:, None], self.drop if self.training else 0.0
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, drop, scale=self.scaling)
+        return out.transpose(1, 2)[asks_EBQ.flatten(0, 1)]
+
+    def flops(self, rows_E: Sequence[float], length: int) -> float:
+        """See SlicedBank; pairs of a head's own tokens. Slices that read one key head are taken to choose independently
+        of each other.
+        """
+        share_E = torch.tensor(rows_E, dtype=torch.double)
+        held_E = share_E * length
+        pairs = float((held_E * (held_E + 1) / 2 if self.causal else held_E.square()).sum()) / length
+        read = float((1 - (1 - share_E.clamp(max=1)).view(self.units, -1).prod(1)).sum())
+        query, key, value, output = (2 * self.weight(0, name).numel() for name in self.projections)
+        return sum(rows_E) * (query + output) + read * (key + value) + 4 * self.width * self.head_dim * pairs
 
 
 def _picked(angles: Angles, shape: tuple[int, ...], token_N: Tensor) -> Angles:
