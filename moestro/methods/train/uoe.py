@@ -8,7 +8,7 @@ f_i(x) exactly, and g = softmax(x W_g^T + b_g) [T, n],
     combine="sum":               w = 1, no gradient;            what the released language model does
     combine="gate":              w = v
 
-A head attends among the tokens that were routed to it.
+A head attends among the tokens that were routed to it. Who is routed where:
 
     mode="token_choice":   S_t = the top_k largest g_t, a matter of token t alone
     mode="expert_choice":  slice i takes the ceil(keep_ratio S) positions of a sequence with the largest g_ti
@@ -36,11 +36,11 @@ from moestro.core.cost import Work, cost, cost_inside
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import MoELayer
 from moestro.core.plan import MethodUse
-from moestro.core.registry import method
 from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Borrowed, Shared, Site
 from moestro.methods.train._parts.assemble import losses_by_id
+from moestro.methods.train._parts.capacity import within_capacity
 from moestro.methods.train._parts.selection import warn_if_dead
 from moestro.methods.train._parts.slices import Call, HeadBank, SlicedBank, UnitBank
 from moestro.models.families import family
@@ -48,10 +48,7 @@ from moestro.models.swap import state_of
 from moestro.surgery.opened import form_at
 
 
-# Families whose attention is projections, norms of a head, rotary positions in halves, and nothing else.
-ROTARY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
-PLAIN = ("q_proj", "k_proj", "v_proj", "o_proj")
-BERT = ("self.query", "self.key", "self.value", "output.dense")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")  # positions turn halves of heads
 
 
 class Config(BaseConfig):
@@ -82,8 +79,8 @@ class Config(BaseConfig):
         if self.num_slices is not None:
             self.active(self.num_slices)
         if self.keep_ratio is not None and (self.mode != "expert_choice" or self.top_k is not None):
-            told = f"mode={self.mode!r}, top_k={self.top_k}"
-            raise ConfigError(f"keep_ratio={self.keep_ratio} with {told}; it is for expert_choice, in place of top_k")
+            told = f"mode={self.mode!r}, top_k={self.top_k}; it is for expert_choice, in place of top_k"
+            raise ConfigError(f"keep_ratio={self.keep_ratio} with {told}")
         if (self.sequence_length is None) == (self.mode == "sequence"):
             raise ConfigError(f"mode={self.mode!r} with sequence_length={self.sequence_length}; they go together")
         return self
@@ -110,15 +107,14 @@ class SliceRouter(LinearRouter):
         active, width = config.active(num_slices), dim * (config.sequence_length or 1)
         super().__init__(width, num_slices, top_k=None if config.mode == "expert_choice" else active, bias=True)
         self.config, self.causal = config, config.mode == "token_choice"
-        kept = Fraction(active, num_slices) if config.keep_ratio is None else Fraction(str(config.keep_ratio))
-        self.factor = kept * num_slices
+        self.kept = Fraction(str(config.keep_ratio)) if config.keep_ratio else Fraction(active, num_slices)
 
     def score(self, x_TD: Tensor, bank: Bank, ctx: RoutingContext) -> Scores:
         """See Router. Raises ContextError: mode "sequence" and a forward of another length."""
         tokens, length = ctx.tokens, self.config.sequence_length
         if length is not None and tokens is not None:
-            if not tokens.whole or tokens.cached or tokens.width != length:
-                raise ContextError(f"a sequence of {tokens.cached + tokens.width} for sequence_length={length}; pad it")
+            if not tokens.whole or tokens.width != length:
+                raise ContextError(f"a sequence of {tokens.width} for sequence_length={length}; pad it")
             x_TD = x_TD.masked_fill(~tokens.valid_T[:, None], 0.0).view(tokens.num_rows, -1)
         logits_TC = self.logits(x_TD).repeat_interleave(length or 1, 0)
         probability_TC = logits_TC.softmax(-1)
@@ -132,8 +128,12 @@ class SliceRouter(LinearRouter):
             weight_TK = self.weigh(scores.gate_TC.gather(1, expert_TK))
             return Routing.from_topk(expert_TK, weight_TK, num_experts=count, scores=scores, causal=self.causal)
         tokens: Any = ctx.tokens
-        take = method("train.expert_choice").module.take_tokens
-        chosen_TE = take(scores.select_TC, tokens.row_T, tokens.valid_T, tokens.num_rows, self.factor)
+        open_TE = tokens.valid_T[:, None] & (scores.select_TC > float("-inf"))
+        token_N, expert_N = open_TE.nonzero(as_tuple=True)
+        row_N, rows = tokens.row_T[token_N], tokens.num_rows
+        places_N = self.places(torch.bincount(tokens.row_T[tokens.valid_T], minlength=rows))[row_N]
+        kept_N = within_capacity(expert_N, row_N, rows, count, places_N, scores.select_TC[open_TE])
+        chosen_TE = open_TE.masked_scatter(open_TE, kept_N)
         weight_TE = combined(scores.gate_TC * chosen_TE, chosen_TE.sum(-1, keepdim=True), self.config.combine)
         return Routing.from_mask(chosen_TE, weight_TE, num_experts=count, scores=scores, causal=False)
 
@@ -141,10 +141,13 @@ class SliceRouter(LinearRouter):
         """See Router."""
         return combined(gate_TK, gate_TK.shape[-1], self.config.combine)
 
+    def places(self, length: Any) -> Any:
+        """Positions that a slice takes of ``length``, a number or a tensor of them: ceil(keep_ratio length)."""
+        return -(-length * self.kept.numerator // self.kept.denominator)
+
     def real_per_token(self, length: int) -> float | None:
         """See Router; for sequences without padding."""
-        taken = method("train.expert_choice").module.places(length, self.num_experts, self.factor)
-        return self.top_k or taken * self.num_experts / length
+        return self.top_k or self.places(length) * self.num_experts / length
 
     def flops_per_token(self, work: Work) -> float:
         """The gate of a sequence runs once for all its tokens."""
@@ -197,16 +200,14 @@ class UnionAttention(UnionLayer):
 
     def _angles_at(self, ctx: RoutingContext, x_TD: Tensor) -> Any:
         """Angles of any positions, from the stack's rotary embedding; None with the positions of the sequence."""
-        if not self.compacted:
-            return None
-        stack: Any = ctx.module
-        return lambda at_X: tuple(part[0].view(*at_X.shape, -1) for part in stack.rotary_emb(x_TD, at_X.reshape(1, -1)))
+        rotary = cast(Any, ctx.module).rotary_emb if self.compacted else None
+        return rotary and (lambda at_X: tuple(a[0].view(*at_X.shape, -1) for a in rotary(x_TD, at_X.reshape(1, -1))))
 
 
 def recompose(module: nn.Module) -> nn.Module:
     """The dense block that a union was cut from, or a model with all its unions exchanged, in place, for theirs."""
     if isinstance(module, UnionLayer):
-        return cast(nn.Module, module.dense.module).train(module.training)
+        return module.dense.module.train(module.training)
     for path, part in list(module.named_modules()):
         if isinstance(part, UnionLayer):
             module.set_submodule(path, recompose(part))
@@ -257,8 +258,8 @@ def head_bank(site: Site, config: Config) -> HeadBank:
         raise ConfigError(f"{site.path}: {site.family}'s attention is not sliced; bert's and {', '.join(ROTARY)}'s are")
     if config.position_ids == "compacted" and not rotary:
         raise ConfigError(f"{site.path}: position_ids='compacted' needs rotary positions, here are none; leave it out")
-    query, key, value, output = BERT if bert else PLAIN
-    parts = linears(site.path, site.module, query=query, key=key, value=value, output=output)
+    paths = ("self.query", "self.key", "self.value", "output.dense") if bert else [f"{name}_proj" for name in "qkvo"]
+    parts = linears(site.path, site.module, **dict(zip(("query", "key", "value", "output"), paths, strict=True)))
     there: Any = site.module.get_submodule("self" if bert else "")
     width = there.attention_head_size if bert else there.head_dim
     dropout = there.dropout.p if bert else getattr(there, "attention_dropout", 0.0)
@@ -292,8 +293,7 @@ CARD = MethodCard(
     summary="A dense feed-forward or attention cut into slices that sum to it, each used by some tokens.",
     taxonomy="experts/network/attention",
     deviations=(
-        "by default each token chooses by itself; selections over positions and sequences are for encoders",
-        "the gate learns by a straight-through weight and has a balance loss; combine='sum' is the released code",
+        "by default each token chooses by itself, a straight-through weight teaches the gate, a loss balances the load",
         "output biases once a token, not once a slice; rotary positions of the sequence unless 'compacted'",
         "an expert-choice slice takes positions by its full probabilities, not by those that top-k left",
     ),
