@@ -150,7 +150,7 @@ class Digits:
     dim: int = 64
     heads: int = 4
     inner: int = 256
-    epochs: int = 40
+    epochs: int = 36
     batch: int = 64
     lr: float = 3e-3
     train: int = 898
@@ -322,7 +322,7 @@ STUDY = Study(
     title="Half of every layer against a layer of half the size",
     setting=(
         "An encoder (4 layers, width 64, 4 heads, 256 hidden units) on scikit-learn's digits as 16 patches, 898 images "
-        "for 40 epochs; slices choose half of the positions. A Llama model (4 layers, width 128, 4 heads, 512 hidden "
+        "for 36 epochs; slices choose half of the positions. A Llama model (4 layers, width 128, 4 heads, 512 hidden "
         "units) on the standard library's sources, 150 steps of 1024 tokens; tokens choose half the slices. Controls "
         "of equal operations have half the heads. The paper trains 16 layers on WikiText-103, and on long sequences."
     ),
