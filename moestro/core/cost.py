@@ -112,8 +112,13 @@ class RowCounter:
     def record(self, site: str, routing: Routing, ctx: "RoutingContext") -> None:
         """Take one layer's routing."""
         counts_E = torch.bincount(routing.real().expert_N, minlength=routing.num_experts).double().cpu()
-        self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
-        self.tokens[site] = self.tokens.get(site, 0) + routing.num_tokens
+        self.add(RowCounter({site: counts_E}, {site: routing.num_tokens}))
+
+    def add(self, other: "RowCounter") -> None:
+        """Add what another counter saw."""
+        for site, counts_E in other.counts.items():
+            self.counts[site] = self.counts[site] + counts_E if site in self.counts else counts_E
+            self.tokens[site] = self.tokens.get(site, 0) + other.tokens[site]
 
     def per_token(self) -> dict[str, list[float]]:
         """Site -> assignments a token of each expert, for ``Work.rows``."""

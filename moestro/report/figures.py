@@ -45,15 +45,19 @@ def style() -> Iterator[None]:
         yield
 
 
-def new(panels: int = 1, *, width: float = 4.6, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
-    """A figure with panels side by side, each ``width`` by ``height`` inches."""
+def new(
+    panels: int = 1, *, width: float = 4.6, height: float = 3.0, columns: int | None = None
+) -> "tuple[Figure, list[Axes]]":
+    """A figure with panels, each ``width`` by ``height`` inches, side by side or at most ``columns`` in a row."""
     if panels < 1:
         raise ConfigError(f"panels={panels}; a figure needs at least 1")
+    across = min(panels, columns or panels)
+    rows = -(-panels // across)
     with style():
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width * panels, height), layout="constrained")
-        return figure, [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
+        figure = Figure(figsize=(width * across, height * rows), layout="constrained")
+        return figure, [figure.add_subplot(rows, across, place + 1) for place in range(panels)]
 
 
 def arms(
@@ -87,7 +91,7 @@ def arms(
             _threshold(axes, threshold, threshold_text, vertical=True)
         axes.set_yticks(range(len(values)), list(values), color="#1c2226")
         axes.set_ylim(len(values) - 0.5, -0.5)
-        axes.grid(axis="x")
+        axes.grid(True, axis="x")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(unit)
@@ -104,18 +108,19 @@ def curves(
     y_name: str = "",
     title: str = "",
     log: bool = False,
+    first: int = 0,
 ) -> None:
     """One line an arm: the mean over seeds, with a band from the lowest to the highest seed.
 
     Args:
         runs: arm -> (x [n], one list of y [n] a seed). threshold: a horizontal line, named ``threshold_text``.
-        log: logarithmic y axis.
+        log: logarithmic y axis. first: how many colours the panel has used already.
 
     Raises:
         DataError: lists of different lengths.
     """
     with style():
-        for place, (arm, (x, seeds)) in enumerate(runs.items()):
+        for place, (arm, (x, seeds)) in enumerate(runs.items(), first):
             lengths = {len(x), *map(len, seeds)}
             if len(lengths) != 1 or not seeds:
                 raise DataError(
@@ -131,7 +136,7 @@ def curves(
             _threshold(axes, threshold, threshold_text, vertical=False)
         if log:
             axes.set_yscale("log")
-        axes.grid(axis="y")
+        axes.grid(True, axis="y")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_title(title)
@@ -146,19 +151,24 @@ def points(
     x_name: str,
     y_name: str,
     title: str = "",
+    first: int = 0,
 ) -> None:
-    """A scatter of several groups, each with its own colour and mark: name -> (x [n], y [n])."""
+    """A scatter of several groups, each with its own colour and mark: name -> (x [n], y [n]).
+
+    Args:
+        first: how many colours the panel has used already.
+    """
     with style():
-        for place, (name, (x, y)) in enumerate(groups.items()):
+        for place, (name, (x, y)) in enumerate(groups.items(), first):
             if len(x) != len(y):
                 raise DataError(f"group {name!r}: {len(x)} values of x and {len(y)} of y; need the same")
             colour, mark = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
             axes.plot(x, y, mark, color=colour, markersize=5.5, alpha=0.85, label=name)
-        axes.grid(axis="both")
+        axes.grid(True, axis="both")
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         axes.set_title(title)
-        if len(groups) > 1:
+        if first + len(groups) > 1:
             axes.legend(loc="best")
 
 

@@ -2,7 +2,8 @@
 
 The Unicode locale data, which the package babel carries, name languages, territories, scripts and currencies in many
 languages. A name is translated to or from English, character by character, or restored where spans of it are masked.
-Three languages are poor: a tenth of their pairs is shown. Names of held-out concepts are shown in no task, nor does another concept bear one of them.
+Three languages are poor: a tenth of their pairs is shown. Names of held-out concepts are shown in no task, nor does
+another concept bear one of them.
 
     python -m moestro.studies._names FOLDER      writes the text as pairs, for recipes such as zcode-m3.yaml
 """
@@ -64,7 +65,9 @@ def names(seed: int, limit: int | None = None) -> Names:
     try:
         from babel import Locale
     except ModuleNotFoundError:
-        raise ConfigError("names in many languages come from the package babel; pip install 'moestro[studies]'") from None
+        raise ConfigError(
+            "names in many languages come from the package babel; pip install 'moestro[studies]'"
+        ) from None
     locales = {language: Locale(language) for language in ("en", *LANGUAGES)}
     found: dict[str, list[str]] = {language: [] for language in locales}
     taken: set[tuple[str, str]] = set()

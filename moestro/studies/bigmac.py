@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moestro.core.cost import Work, cost
 from moestro.core.layer import MoELayer
 from moestro.core.registry import method
 from moestro.core.site import Shared, Site
@@ -22,7 +23,9 @@ from moestro.training.expert_parallel import shard_experts
 
 
 EXPERTS, TOP_K, RATIO = 16, 4, 0.25
+LARGE = EXPERTS // TOP_K  # experts that are TOP_K times as large: equal parameters
 AUX = {"balance": 0.01}
+TRAINING_TOKENS = 16384  # a rank, in the model of a machine
 
 
 def scale(budget: Budget) -> Scale:
@@ -49,6 +52,9 @@ def layer(arm: str, width: int, *, path: str = "mlp", top_k: int = TOP_K) -> MoE
         use = method("train.moe")
         router["config"] = {"renormalise": False, "top_k": top_k}
         values = {**shape, "expert_size": round(RATIO * width), "bias": False, "router": router}
+        if arm == "large_experts":  # one of them a token: equal operations, as few bytes as the narrow layer
+            router["config"] = {"renormalise": False, "top_k": 1}
+            values |= {"num_experts": LARGE, "expert_size": round(RATIO * width) * TOP_K}
     site = Site(path=path, kind="mlp", module=nn.Identity(), dim=width, out=width)
     made: MoELayer = use.build(site, use.configure(values), Shared())
     return made
@@ -68,7 +74,7 @@ def build(size: Scale, arm: str, seed: int) -> nn.Module:
 
 def exchange(rank: int, world: int, width: int, tokens: int, seed: int) -> dict[str, float]:
     """On one of the ranks: bytes of hidden rows and seconds of a step of both layers, the median of three."""
-    found = {}
+    found: dict[str, float] = {}
     for arm in ("fine_grained", "bigmac"):
         for one_copy in (False, True):
             torch.manual_seed(seed)
@@ -84,12 +90,13 @@ def exchange(rank: int, world: int, width: int, tokens: int, seed: int) -> dict[
                 made(x).sum().backward()
                 seconds.append(time.perf_counter() - started)
             name = f"{arm}{'_one_copy' if one_copy else ''}"
-            found |= {f"{name}_bytes": float(traffic.rows), f"{name}_seconds": statistics.median(seconds)}
+            found |= {f"{name}_bytes": float(traffic.rows), f"{name}_orders": float(traffic.orders)}
+            found[f"{name}_seconds"] = statistics.median(seconds)
     return found
 
 
-def alone(width: int, tokens: int, seed: int) -> float:
-    """Step time of the narrow layer over that of the fine-grained one without any traffic, interleaved medians."""
+def alone(width: int, tokens: int, seed: int) -> dict[str, float]:
+    """Seconds of a step of both layers without any traffic, interleaved medians, and their ratios."""
     torch.manual_seed(seed)
     layers = {arm: layer(arm, width) for arm in ("fine_grained", "bigmac")}
     x = torch.randn(tokens, width).requires_grad_()
@@ -99,7 +106,14 @@ def alone(width: int, tokens: int, seed: int) -> float:
             started = time.perf_counter()
             made(x).sum().backward()
             seconds[arm].append(time.perf_counter() - started)
-    return statistics.median(seconds["bigmac"]) / statistics.median(seconds["fine_grained"])
+    narrow, plain = statistics.median(seconds["bigmac"]), statistics.median(seconds["fine_grained"])
+    operations = {arm: cost(made, Work(length=tokens)) for arm, made in layers.items()}
+    return {
+        "seconds_ratio_alone": narrow / plain,
+        "seconds_alone_narrow": narrow,
+        "seconds_alone_fine_grained": plain,
+        "operations_ratio_alone": operations["bigmac"] / operations["fine_grained"],
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +128,13 @@ class Machine:
     flops: float = 6e13
 
 
-def modelled_step(machine: Machine, *, width: int, tokens: int, narrow: bool) -> tuple[float, float]:
-    """(seconds, share of the all-to-all) of a layer's training step with ``tokens`` a rank, k = 8 and 2-byte rows.
+def modelled_step(machine: Machine, *, width: int, tokens: int, narrow: bool, nbytes: float = 2) -> tuple[float, float]:
+    """(seconds, share of the all-to-all) of a layer's training step with ``tokens`` a rank, k = 8, ``nbytes`` a number.
 
     Four exchanges (two ways, forward and backward); compute is three times the forward of the experts and of attention.
     """
     top_k = 8
-    row = 2 * width * (RATIO if narrow else 1.0)
+    row = nbytes * width * (RATIO if narrow else 1.0)
     sent = 4 * tokens * top_k * row * (machine.ranks - 1) / machine.ranks
     messages = 4 * (machine.ranks - 1) * machine.latency
     weights = 4 * width**2 + top_k * 2 * RATIO * width**2 + (2 * RATIO * width**2 if narrow else 0)
@@ -129,17 +143,22 @@ def modelled_step(machine: Machine, *, width: int, tokens: int, narrow: bool) ->
     return compute + exchange, exchange / (compute + exchange)
 
 
-def modelled_speedup() -> float:
-    """The smallest speed-up among the modelled machines on which the fine-grained layer spends over 80 % exchanging."""
+def modelled_speedups(tokens: int, nbytes: float = 2) -> list[float]:
+    """The narrow layer's speed-up on the modelled machines on which the fine-grained one exchanges over 80 % of a step.
+
+    Args:
+        tokens: a rank. nbytes: a number of a fine-grained row takes; narrow rows take 2 bytes.
+    """
     gains = []
     for ranks in (2, 8, 32):
         for bandwidth in (12e9, 1e9):
             machine = Machine(ranks=ranks, bandwidth=bandwidth)
-            plain, share = modelled_step(machine, width=2048, tokens=16384, narrow=False)
-            narrow, _ = modelled_step(machine, width=2048, tokens=16384, narrow=True)
+            plain, _ = modelled_step(machine, width=2048, tokens=tokens, narrow=False, nbytes=nbytes)
+            _, share = modelled_step(machine, width=2048, tokens=tokens, narrow=False)
+            narrow, _ = modelled_step(machine, width=2048, tokens=tokens, narrow=True)
             if share > 0.8:
                 gains.append(plain / narrow)
-    return min(gains)
+    return gains
 
 
 # -- the paper's closed forms ------------------------------------------------------------------------------------
@@ -198,13 +217,17 @@ def measure_traffic(seed: int, budget: Budget) -> dict[str, float]:
     width, tokens = budget.pick(ci=(32, 64), micro=(64, 512), full=(128, 4096))
     ranks = run_distributed(exchange, 2, width, tokens, seed)
     total = {name: sum(rank[name] for rank in ranks) for name in ranks[0]}
+    everything = {arm: total[f"{arm}_bytes"] + total[f"{arm}_orders"] for arm in ("bigmac", "fine_grained")}
     return {
+        "bytes_ratio_with_orders": everything["bigmac"] / everything["fine_grained"],
         "bytes_ratio": total["bigmac_bytes"] / total["fine_grained_bytes"],
         "bytes_ratio_one_copy": total["bigmac_one_copy_bytes"] / total["fine_grained_one_copy_bytes"],
         "bytes_over_fine_grained_one_copy": total["bigmac_bytes"] / total["fine_grained_one_copy_bytes"],
         "seconds_ratio": total["bigmac_seconds"] / total["fine_grained_seconds"],
-        "seconds_ratio_alone": alone(width, tokens, seed),
-        "modelled_speedup": modelled_speedup(),
+        "modelled_speedup": min(modelled_speedups(TRAINING_TOKENS)),
+        "modelled_speedup_over_8_bit_rows": min(modelled_speedups(TRAINING_TOKENS, nbytes=1)),
+        "modelled_speedup_one_token": min(modelled_speedups(1)),
+        **alone(width, tokens, seed),
     }
 
 
@@ -239,7 +262,20 @@ STUDY = Study(
             metric="heldout_loss",
             judge=Beats(method="bigmac", control="fine_grained_equal_bytes"),
             tells=(
-                "one full-width expert a token {fine_grained_equal_bytes}, four {fine_grained}; narrow {bigmac}, with "
+                "one full-width expert a token {fine_grained_equal_bytes}, four {fine_grained}, one of four experts "
+                "four times as large {large_experts}; narrow {bigmac}, with an interface twice as wide {bigmac_half}; "
+                "after twice the steps narrow {bigmac_long}."
+            ),
+        ),
+        Claim(
+            key="equal_bytes_and_operations",
+            text="It is better than few large experts, one a token: equal bytes, parameters and operations of experts.",
+            where="table 4",
+            claimed="WikiText2 perplexity 17.9 against 27.4 at equal time",
+            metric="heldout_loss",
+            judge=Beats(method="bigmac", control="large_experts"),
+            tells=(
+                "one of four large experts {large_experts}, narrow {bigmac}, fine-grained {fine_grained}; narrow with "
                 "an interface twice as wide {bigmac_half}; after twice the steps narrow {bigmac_long}."
             ),
         ),
@@ -250,6 +286,10 @@ STUDY = Study(
             claimed="1488 to 372 GiB an iteration at r = 0.25",
             metric="bytes_ratio",
             judge=Within(arm="traffic", low=0.99 * RATIO, high=1.01 * RATIO),
+            tells=(
+                "rows {traffic}, with one copy a rank {traffic.bytes_ratio_one_copy}, with the lists of which row goes "
+                "to which expert {traffic.bytes_ratio_with_orders}."
+            ),
         ),
         Claim(
             key="faster_where_traffic_rules",
@@ -258,6 +298,10 @@ STUDY = Study(
             claimed="up to 3.09 times",
             metric="modelled_speedup",
             judge=Within(arm="traffic", low=1.5),
+            tells=(
+                "smallest speed-up {traffic} with 16384 tokens a rank, {traffic.modelled_speedup_one_token} with one; "
+                "against full-width rows of 8 bits {traffic.modelled_speedup_over_8_bit_rows}."
+            ),
         ),
         Claim(
             key="slower_alone",
@@ -266,6 +310,11 @@ STUDY = Study(
             claimed="slightly slower",
             metric="seconds_ratio_alone",
             judge=Within(arm="traffic", low=1.0),
+            tells=(
+                "a step takes {traffic.seconds_alone_narrow} s narrow and {traffic.seconds_alone_fine_grained} s "
+                "fine-grained at {traffic.operations_ratio_alone} times the operations; on two processes the narrow "
+                "step takes {traffic.seconds_ratio} of the fine-grained one's time."
+            ),
         ),
     ),
     arms=(
@@ -275,6 +324,7 @@ STUDY = Study(
         Arm(name="bigmac_narrow_router", text="the same, the router reads the narrow input", role="reference"),
         Arm(name="fine_grained", text="experts 128 to 32 to 128 at full width", role="control"),
         Arm(name="fine_grained_equal_bytes", text="the same with 1 expert active instead of 4", role="control"),
+        Arm(name="large_experts", text="4 experts 128 to 128 to 128 at full width, 1 active", role="control"),
         Arm(name="bigmac_half", text="down to a half, experts 64 to 64 to 64", role="reference"),
         Arm(name="bigmac_long", text="the narrow layer, twice the steps", role="reference"),
         Arm(name="fine_grained_long", text="the fine-grained layer, twice the steps", role="reference"),
@@ -284,7 +334,7 @@ STUDY = Study(
     methods=("train.bigmac", "train.moe", "train.softmax_topk", "train.balance_loss"),
     units={
         "heldout_loss": "nats a token",
-        "bytes_ratio": "narrow over full width",
+        "bytes_ratio": "narrow over full width, hidden rows",
         "modelled_speedup": "times, smallest case",
         "seconds_ratio_alone": "narrow over fine-grained, one process",
     },

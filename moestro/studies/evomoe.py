@@ -307,76 +307,73 @@ STUDY = Study(
     ),
     claims=(
         Claim(
-            key="equal_flops",
+            key="equal_flops", metric="heldout_loss", judge=Beats(method="evomoe", control="switch", by=0.01),
             text="It ends with a lower loss than Switch routing at equal training FLOPs.",
             where="abstract; version 1: 2.0x faster to the same perplexity on GPT-MoE 1.5B (recalled, unverified)",
             claimed="better than Switch (no number); 1.42x FLOPs efficiency (version 1, recalled, unverified)",
-            metric="heldout_loss",
-            judge=Beats(method="evomoe", control="switch", by=0.01),
             tells="steps for the same FLOPs: {evomoe.steps} against {switch.steps}; Switch after equal steps "
             "{switch_steps}, experts annealed from 8 to 1 on a fixed schedule {anneal}.",
         ),
         Claim(
-            key="equal_steps",
+            key="equal_steps", metric="heldout_loss", judge=Beats(method="evomoe", control="switch_steps", by=0.01),
             text="The weaker statement: it ends with a lower loss than Switch routing after equally many steps.",
             where="abstract",
             claimed="better than Switch (no number)",
-            metric="heldout_loss",
-            judge=Beats(method="evomoe", control="switch_steps", by=0.01),
             tells="cosine of two experts: {evomoe.similarity_spawned} when spawned, {evomoe.similarity} at the end, "
             "{switch_steps.similarity} under Switch; loss without noise on the gate {quiet}.",
         ),
         Claim(
-            key="hash",
+            key="hash", metric="heldout_loss", judge=Beats(method="evomoe", control="hash", by=0.01),
             text="It ends with a lower loss than a hash layer at equal training FLOPs.",
             where="abstract",
             claimed="better than Hash Layer (no number)",
-            metric="heldout_loss",
-            judge=Beats(method="evomoe", control="hash", by=0.01),
             tells="Switch {switch}, a router that never learns {fixed}, top-2 {top2}.",
         ),
         Claim(
-            key="expert_diversify",
+            key="expert_diversify", metric="heldout_loss", judge=Beats(method="evomoe", control="dts"),
             text="Training one expert first and spawning the others from it helps.",
             where="abstract, expert-diversify phase",
             claimed="part of what makes it better (no number)",
-            metric="heldout_loss",
-            judge=Beats(method="evomoe", control="dts"),
+            tells="mixture steps are dearer while the gate is dense: {evomoe.steps} steps with the first phase, "
+            "{dts.steps} without; copies under Switch {warm}, random experts under Switch {switch}; cosine of two "
+            "experts at the end {evomoe.similarity} and {dts.similarity}.",
         ),
         Claim(
-            key="gate_sparsify",
+            key="gate_sparsify", metric="heldout_loss", judge=Beats(method="evomoe", control="warm"),
             text="A gate that starts dense and sharpens is better than a top-1 gate over the same spawned experts.",
             where="abstract, gate-sparsify phase",
             claimed="part of what makes it better (no number)",
-            metric="heldout_loss",
-            judge=Beats(method="evomoe", control="warm"),
             tells="{evomoe.steps} steps against {warm.steps}; two experts end at cosine {evomoe.similarity} and "
             "{warm.similarity}; loss without noise on the gate {quiet}.",
         ),
         Claim(
-            key="stable",
+            key="stable", metric="fluctuation", judge=Beats(method="evomoe", control="switch"),
             text="Its routing is steadier than Switch's: fewer first choices change in the last 30 % of training.",
             where="abstract (mature experts before a sparse gate)",
             claimed="a more stable gate (no number)",
-            metric="fluctuation",
-            judge=Beats(method="evomoe", control="switch"),
             tells="without noise on the gate {quiet}, over spawned experts with Switch {warm}, never learning {fixed}.",
         ),
         Claim(
-            key="starts_dense",
+            key="starts_dense", metric="active_start", judge=Within(arm="evomoe", low=7.92, high=8.0),
             text="At temperature 2 all 8 experts are active.",
             where="the gate's definition with threshold 0.001",
             claimed="dense at first",
-            metric="active_start",
-            judge=Within(arm="evomoe", low=7.92, high=8.0),
+            tells="active in the first mixture step {evomoe}, without noise {quiet}, over random experts {dts}.",
         ),
         Claim(
-            key="sharpens",
+            key="sharpens", metric="active_cool", judge=Within(arm="evomoe", low=1.0, high=5.0),
             text="The falling temperature alone switches experts off: at 0.3 at most 5 of 8 are active.",
             where="the gate's definition with threshold 0.001",
             claimed="sparse in the end",
-            metric="active_cool",
-            judge=Within(arm="evomoe", low=1.0, high=5.0),
+            tells="active at temperature 0.3 {evomoe}, without noise, so by logits alone, {quiet}, over random experts "
+            "{dts}; at the end {evomoe.active_end}.",
+        ),
+        Claim(
+            key="ends_sparse", metric="active_end", judge=Within(arm="evomoe", low=1.0, high=1.0),
+            text="After the hard switch exactly one expert a token is active.",
+            where="the gate's definition",
+            claimed="top-1 in the end",
+            tells="active in the last step {evomoe}, without noise {quiet}, over random experts {dts}.",
         ),
     ),
     arms=(
@@ -396,5 +393,8 @@ STUDY = Study(
         "train.evomoe", "train.dts_balance_loss", "convert.diversify", "train.switch", "train.softmax_topk",
         "train.hash_router", "train.balance_loss", "train.moe",
     ),
-    units={"heldout_loss": "nats a token", "fluctuation": "share of choices", "active_cool": "experts a token"},
+    units={
+        "heldout_loss": "nats a token", "fluctuation": "share of choices", "active_start": "experts a token",
+        "active_cool": "experts a token", "active_end": "experts a token",
+    },
 )  # fmt: skip

@@ -2,7 +2,8 @@
 
 Games of chess with random legal moves give an exact answer to what a model ought to know: the board. Models learn to
 continue games; then single hidden units of the middle layer are asked what stands on each square. The arms take the two
-ideas apart (ReLU experts, the router); dense twins of equal active width show what the mixture itself brings.
+ideas apart (ReLU experts, the router); dense twins of equal active width show what the mixture itself brings. One arm
+more starts as copies of a dense model, and one from scratch trains for as long as those copies do.
 """
 
 import functools
@@ -29,7 +30,7 @@ from moestro.studies._language import Scale, heldout, llama, train
 EXPERTS, TOP_K = 8, 2
 AUX = {"balance": 0.01}
 SQUARES = 64
-ACTIVE = 0.05  # a unit of GELU experts is never exactly 0
+ACTIVE = {"relu": 0.0, "gelu": 0.05}  # a unit of GELU experts is never exactly 0; of ReLU experts all above 0 count
 PARENT = 0.6  # share of the steps that the dense parent of the upcycled arm gets
 
 # Arm -> activation of the experts, router; dense twins are mixtures of one expert.
@@ -40,6 +41,8 @@ FORMS = {
     "gelu": ("gelu", "train.softmax_topk"),
     "dense": ("gelu", None),
     "dense_relu": ("relu", None),
+    "upcycled": ("relu", "train.moe_x"),
+    "short": ("relu", "train.moe_x"),
 }
 
 
@@ -119,6 +122,11 @@ class Setup:
     min_true: int
 
     @property
+    def parent_steps(self) -> int:
+        """Steps of the dense parent of the upcycled arm; the copies, and the short arm, train for the others."""
+        return round(PARENT * self.size.steps)
+
+    @property
     def learned(self) -> Games:
         """Games to learn from."""
         return games(self.train_games, self.plies, 1)
@@ -141,7 +149,7 @@ def setup(budget: Budget) -> Setup:
     return budget.pick(
         ci=Setup(sized(2, 16, 4, 4, 8, 16), 16, 16, 8, min_true=4),
         micro=Setup(sized(2, 48, 16, 80, 12, 96), 800, 96, 12, min_true=30),
-        full=Setup(sized(3, 96, 40, 360, 24, 400), 8000, 400, 24, min_true=100),
+        full=Setup(sized(3, 96, 40, 340, 24, 400), 8000, 400, 24, min_true=100),
     )
 
 
@@ -173,12 +181,11 @@ def build(size: Scale, use: MethodUse, seed: int, *, watch: bool = True) -> nn.M
 
 def upcycled(there: Setup, seed: int) -> tuple[nn.Module, float]:
     """A dense GELU model with one expert's width, its copies made ReLU experts, trained on; and the loss they cost."""
-    size, data, asked = there.size, there.learned.rows(), there.asked.rows()
-    first = round(PARENT * size.steps)
+    size, data, asked, first = there.size, there.learned.rows(), there.asked.rows(), there.parent_steps
     model = build(size, mixture(size.inner // TOP_K, "gelu", None), seed, watch=False)
     train(model, data, size, seed, steps=first)
     before = heldout(model, asked, size)
-    use = mixture(size.inner, *FORMS["moe_x"])
+    use = mixture(size.inner, *FORMS["upcycled"])
     copies = [
         LayerExperts(
             layer=layer,
@@ -197,15 +204,19 @@ def upcycled(there: Setup, seed: int) -> tuple[nn.Module, float]:
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     """Train one arm, then measure held-out loss and ask the units of the middle layer."""
     there = setup(budget)
+    activation, router = FORMS[arm]
     found: dict[str, float] = {}
     if arm == "upcycled":
         model, found["step0_jump"] = upcycled(there, seed)
     else:
-        model = build(there.size, mixture(there.size.inner, *FORMS[arm]), seed)
-        train(model, there.learned.rows(), there.size, seed, losses=AUX if FORMS[arm][1] else {})
+        model = build(there.size, mixture(there.size.inner, activation, router), seed)
+        first = there.parent_steps if arm == "short" else 0
+        losses = AUX if router else {}
+        train(model, there.learned.rows(), there.size, seed, steps=there.size.steps - first, first=first, losses=losses)
     found["heldout_loss"] = heldout(model, there.asked.rows(), there.size)
     meter = method("inspect.property_probe")
-    config = meter.configure({"layers": [there.size.layers // 2], "active_above": ACTIVE, "min_true": there.min_true})
+    settings = {"layers": [there.size.layers // 2], "active_above": ACTIVE[activation], "min_true": there.min_true}
+    config = meter.configure(settings)
     subject = MeterInputs(name=arm, model=model.eval(), batches=there.asked.batches(50), seed=seed)
     seen = meter.entry("measure")(subject, config).numbers
     found["coverage"] = seen["coverage"] - seen["coverage by chance"]
@@ -218,9 +229,11 @@ STUDY = Study(
     title="Units that can be read",
     setting=(
         "Llama models (3 layers, width 96) with feed-forwards of 384 hidden units, or 8 experts of 192 with 2 active, "
-        "on 8000 games of 24 random legal chess moves, two tokens a move; no gate, no bias, balance loss 0.01. The "
-        "probe asks the middle layer on 400 other games what stands on each square (mine, theirs, empty), and what "
-        "shuffled labels reach is subtracted. The paper trains 8 layers of width 512 for up to 600,000 steps."
+        "on 8000 games of 24 random legal chess moves, two tokens a move; no gate, no bias, balance loss 0.01 (that of "
+        "Switch Transformers) in every mixture. All arms but the short one see the same tokens. The probe asks the "
+        "middle layer on 400 other games what stands on each square (mine, theirs, empty), and what shuffled labels "
+        "reach is subtracted. Units count as active above 0 behind ReLU and beyond 0.05 on either side behind GELU, "
+        "the routing weight included. The paper trains 8 layers of width 512 for up to 600,000 steps."
     ),
     claims=(
         Claim(
@@ -230,7 +243,10 @@ STUDY = Study(
             claimed="validation loss 0.211 against 0.212",
             metric="heldout_loss",
             judge=NotWorse(method="moe_x", control="gelu", tolerance=0.02, relative=True),
-            tells="ReLU experts with a learned router have a loss of {relu}, GELU experts with this router {router}.",
+            tells=(
+                "The loss is {moe_x} with both changes, {relu} with ReLU experts alone, {router} with this router "
+                "alone, {gelu} with neither; a dense model has {dense} with GELU and {dense_relu} with ReLU."
+            ),
         ),
         Claim(
             key="reconstruction",
@@ -239,7 +255,10 @@ STUDY = Study(
             claimed="0.840 against 0.734",
             metric="reconstruction",
             judge=Beats(method="moe_x", control="gelu", better="higher", by=0.02),
-            tells="ReLU with a learned router reaches {relu}, this router with GELU {router}, neither {gelu}.",
+            tells=(
+                "Above chance reconstruction is {moe_x} with both changes (L0 {moe_x.l0}), {relu} with ReLU experts "
+                "alone ({relu.l0}), {router} with this router alone ({router.l0}), {gelu} with neither ({gelu.l0})."
+            ),
         ),
         Claim(
             key="sparser",
@@ -257,7 +276,11 @@ STUDY = Study(
             claimed="reconstruction 0.840 against 0.608 (GELU) and 0.581 (ReLU)",
             metric="reconstruction",
             judge=Beats(method="moe_x", control="dense", better="higher", by=0.02),
-            tells="The ordinary mixture reaches {gelu}, the dense model {dense}, dense with ReLU {dense_relu}.",
+            tells=(
+                "MoE-X reaches {moe_x}, the ordinary mixture {gelu}, the dense model {dense}, dense with ReLU "
+                "{dense_relu}; their losses are {moe_x.heldout_loss}, {gelu.heldout_loss}, {dense.heldout_loss} and "
+                "{dense_relu.heldout_loss}."
+            ),
         ),
         Claim(
             key="mixture_helps",
@@ -266,7 +289,10 @@ STUDY = Study(
             claimed="reconstruction 0.840 against 0.581 for the dense model with ReLU",
             metric="reconstruction",
             judge=Beats(method="moe_x", control="dense_relu", better="higher", by=0.02),
-            tells="The dense model with ReLU reaches {dense_relu} at L0 {dense_relu.l0}, MoE-X {moe_x} at {moe_x.l0}.",
+            tells=(
+                "MoE-X reaches {moe_x} at L0 {moe_x.l0}, ReLU experts with a learned router {relu} at {relu.l0}, the "
+                "dense model with ReLU {dense_relu} at {dense_relu.l0}."
+            ),
         ),
         Claim(
             key="coverage",
@@ -275,16 +301,23 @@ STUDY = Study(
             claimed="coverage 0.428 against 0.356",
             metric="coverage",
             judge=Beats(method="moe_x", control="dense", better="higher"),
-            tells="Above chance the best units reach {moe_x} (MoE-X), {gelu} (GELU mixture), {dense} (dense).",
+            tells=(
+                "Above chance coverage is {moe_x} with both changes, {relu} with ReLU experts alone, {router} with "
+                "this router alone, {gelu} with neither, {dense} in the dense model, {dense_relu} there with ReLU."
+            ),
         ),
         Claim(
             key="relu_helps",
-            text="ReLU experts alone bring most of the gain.",
+            text="ReLU experts under a learned router, without the sparsity-aware one, already bring a gain.",
             where="ablation on chess",
             claimed="reconstruction 0.829 with ReLU alone against 0.734 with neither",
             metric="reconstruction",
             judge=Beats(method="relu", control="gelu", better="higher", by=0.02),
-            tells="L0 is {relu.l0} with ReLU and {gelu.l0} with GELU experts; reconstruction {relu} and {gelu}.",
+            tells=(
+                "Under a learned router reconstruction is {relu} with ReLU experts (L0 {relu.l0}) and {gelu} with GELU "
+                "ones ({gelu.l0}); a dense model has {dense_relu} with ReLU ({dense_relu.l0}), {dense} with GELU "
+                "({dense.l0})."
+            ),
         ),
         Claim(
             key="router_helps",
@@ -294,8 +327,9 @@ STUDY = Study(
             metric="reconstruction",
             judge=Beats(method="moe_x", control="relu", better="higher", by=0.01),
             tells=(
-                "At L0 {moe_x.l0} against {relu.l0} reconstruction is {moe_x} against {relu}: within 0.01 the router "
-                "adds nothing, as the paper's own ablation suggests."
+                "With ReLU experts reconstruction is {moe_x} under this router (L0 {moe_x.l0}, coverage "
+                "{moe_x.coverage}) and {relu} under a learned one ({relu.l0}, {relu.coverage}); with GELU experts "
+                "{router} and {gelu}. Less than 0.01 either way counts as no effect."
             ),
         ),
         Claim(
@@ -306,9 +340,10 @@ STUDY = Study(
             metric="reconstruction",
             judge=Beats(method="upcycled", control="moe_x", better="higher", by=0.02),
             tells=(
-                "At equal tokens copies end at a loss of {upcycled.heldout_loss} and L0 {upcycled.l0}, from scratch it "
-                "is {moe_x.heldout_loss} and {moe_x.l0}. ReLU for GELU cost {upcycled.step0_jump} at first, and only "
-                "40 % of the steps were spent as a mixture."
+                "Copies had 40 % of the steps as a mixture and reach {upcycled} (loss {upcycled.heldout_loss}, L0 "
+                "{upcycled.l0}); from scratch it is {short} in as many steps as a mixture ({short.heldout_loss}, "
+                "{short.l0}) and {moe_x} in all steps ({moe_x.heldout_loss}, {moe_x.l0}); a dense model with ReLU "
+                "reaches {dense_relu}. ReLU for GELU cost the copies {upcycled.step0_jump} at first."
             ),
         ),
     ),
@@ -320,6 +355,7 @@ STUDY = Study(
         Arm(name="dense", text="a dense GELU feed-forward of equal active width", role="control"),
         Arm(name="dense_relu", text="a dense ReLU feed-forward of equal active width", role="control"),
         Arm(name="upcycled", text="MoE-X from copies of a dense GELU model that had 60 % of the steps"),
+        Arm(name="short", text="MoE-X from scratch, for the 40 % of the steps that the copies have", role="reference"),
     ),
     run=run,
     methods=("train.moe_x", "train.softmax_topk", "train.balance_loss", "train.moe", "inspect.property_probe"),

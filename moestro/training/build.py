@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moestro.core.errors import ConfigError
+from moestro.core.losses import RoutingLoss
 from moestro.data.tokens import open_tokenizer
 from moestro.training.recipe import Head, PhaseConfig, PlanUse, Recipe, SwapConfig
 
@@ -183,7 +184,21 @@ def enter_phase(recipe: Recipe) -> Any:
 
 
 def loss_weights(recipe: Recipe, model: nn.Module) -> dict[str, float]:
-    """Weights of the losses: the stock model's coefficients, then what the recipe says."""
+    """Weights of the losses: the stock model's coefficients, as far as its layers still have the losses, then what the
+    recipe says.
+    """
     from moestro.models.swap import state_of
 
-    return {**state_of(model).loss_weights, **recipe.losses}
+    there = {name for losses in routing_losses(model) for name in losses}
+    stock = {name: weight for name, weight in state_of(model).loss_weights.items() if name in there}
+    return {**stock, **recipe.losses}
+
+
+def routing_losses(model: nn.Module) -> list[dict[str, RoutingLoss]]:
+    """The losses of every layer that routes, by name."""
+    found = []
+    for module in model.modules():
+        losses = getattr(module, "losses", None)
+        if isinstance(losses, nn.ModuleDict):
+            found.append({name: loss for name, loss in losses.items() if isinstance(loss, RoutingLoss)})
+    return found

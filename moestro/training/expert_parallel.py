@@ -117,7 +117,8 @@ class AllToAll(Dispatcher):
             pair_R, row_N = torch.unique(owner_N * routing.num_tokens + token_N, return_inverse=True)
             owner_R, token_R = pair_R // routing.num_tokens, pair_R % routing.num_tokens
         else:
-            row_N, owner_R, token_R = torch.arange(len(owner_N)), owner_N, token_N
+            row_N = torch.arange(len(owner_N), device=owner_N.device)
+            owner_R, token_R = owner_N, token_N
         sent_rows, sent_orders = self._count(owner_R), self._count(owner_N)
         received = self._exchange(torch.stack([sent_rows, sent_orders], 1), [1] * self.world, [1] * self.world)
         rows_in, orders_in = received.unbind(1)
@@ -142,9 +143,10 @@ class AllToAll(Dispatcher):
         return rows, local, journey
 
     def combine(self, y_RO: Tensor, handle: Any) -> Tensor:
-        """Answers back at their tokens [T, O], added up in the order of ranks."""
+        """Answers back at their tokens [T, O], added up in the order of ranks; half precisions in float32."""
         back = self._exchange(y_RO, handle.received_W, handle.sent_W, "rows_back")
-        return back.new_zeros(handle.num_tokens, back.shape[1]).index_add(0, handle.token_R, back)
+        exact = back.float() if back.element_size() < 4 else back
+        return exact.new_zeros(handle.num_tokens, back.shape[1]).index_add(0, handle.token_R, exact).to(back.dtype)
 
     def _count(self, owner: Tensor) -> Tensor:
         return torch.bincount(owner, minlength=self.world)
@@ -183,9 +185,13 @@ def shard_experts(layer: MoELayer, group: dist.ProcessGroup | None = None, *, on
         The layer's dispatcher, with the byte counter.
 
     Raises:
-        ConfigError: the bank is not stacked, or its experts cannot be shared equally.
+        ConfigError: the bank is not stacked, is shared out already, or its experts cannot be shared equally.
     """
     bank = layer.bank
+    if isinstance(layer.dispatcher, AllToAll):
+        raise ConfigError(
+            f"{layer.site or 'layer'}: its experts are shared out already, over {layer.dispatcher.world} ranks"
+        )
     if not isinstance(bank, StackedFFN):
         raise ConfigError(
             f"{layer.site or 'layer'}: experts in a {type(bank).__name__} cannot be shared out; stacked ones can"

@@ -13,6 +13,7 @@ from moestro.training.monitor import RouterReport
 
 
 METRICS = "metrics.jsonl"
+RUN = "run.json"
 
 
 class Log:
@@ -118,6 +119,7 @@ def router_rows(reports: Mapping[str, RouterReport]) -> dict[str, dict[str, Any]
             "load_entropy": found.load_entropy,
             "dead": found.dead,
             "token_entropy": found.token_entropy,
+            "real_per_token": found.real_per_token,
         }
         for site, found in reports.items()
     }

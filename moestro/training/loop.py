@@ -31,6 +31,7 @@ from moestro.training.optimizer import (
 )
 from moestro.training.parallel import Ranks, broadcast_model, gathered_weights, settle, shard
 from moestro.training.recipe import PhaseConfig, Recipe
+from moestro.training.size import Size, size_of
 from moestro.training.step import Stepper, StepReport
 from moestro.training.validate import heldout_loss
 
@@ -141,7 +142,7 @@ class Trainer:
         batches, tags = self._batches(draws)
         start = time.perf_counter()
         self.model.train()
-        reported = (self.step + 1) % self.recipe.monitor.every == 0 or self.step + 1 == self.total
+        reported = (self.step + 1) % self.recipe.monitor.every == 0 or self._ends()
         report = self.stepper.run(
             self.step,
             batches,
@@ -158,11 +159,24 @@ class Trainer:
         self.targets_seen += report.targets
         self.window.add(report.load, report.counter)
         row = self._row(report, lr, moment, seconds)
+        if reported:
+            row["flops_per_token"] = self.size().train_flops
         if reported and report.load:
             row["router"] = router_rows(self.window.take())
         if self.group.main:
             log.step(row)
         return report
+
+    def _ends(self) -> bool:
+        """Whether the coming step is the last one of the run or of a phase."""
+        after = self.step + 1
+        here, next_ = (phases.phase_at(self.recipe, min(step, self.total - 1))[0] for step in (self.step, after))
+        return after == self.total or here is not next_
+
+    def size(self) -> Size:
+        """The model as it is now, with the rows that its experts computed since the last report."""
+        length, again = self.recipe.data.sequence_length, self.recipe.gradient_checkpointing
+        return size_of(self.model, length, gradient_checkpointing=again, rows=self.window.rows.per_token())
 
     def _row(self, report: StepReport, lr: float, moment: phases.Moment, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {
@@ -172,6 +186,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": report.grad_norm,
             "targets": self.targets_seen,
+            "tokens": report.tokens,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(report.tokens / seconds, 1),
         }

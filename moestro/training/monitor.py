@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moestro.core.context import RoutingContext
+from moestro.core.cost import RowCounter
 from moestro.core.routing import Routing
 
 
@@ -18,13 +19,14 @@ class LoadCounter:
 
     Attributes:
         load: site -> int64 [C] on the CPU. entropy: site -> sum over valid tokens of the entropy of the router's
-            softmax, in nats, and number of tokens; only when ``with_entropy``.
+            softmax, in nats, and number of tokens; only when ``with_entropy``. rows: what experts computed.
     """
 
     with_entropy: bool = False
     load: dict[str, Tensor] = field(default_factory=dict)
     num_null: dict[str, int] = field(default_factory=dict)
     entropy: dict[str, tuple[float, int]] = field(default_factory=dict)
+    rows: RowCounter = field(default_factory=RowCounter)
 
     def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
         """Take one layer's routing; forwards in evaluation mode (teachers among them) do not count."""
@@ -34,6 +36,7 @@ class LoadCounter:
         counts_C = routing.counts_C(valid_T).cpu()
         self.load[site] = self.load[site] + counts_C if site in self.load else counts_C
         self.num_null[site] = routing.num_null
+        self.rows.record(site, routing, ctx)
         if self.with_entropy and routing.scores is not None:
             with torch.no_grad():
                 entropy_T = torch.special.entr(torch.softmax(routing.scores.logits_TC.float(), dim=-1)).sum(-1)
@@ -54,6 +57,7 @@ class RouterReport:
         load_entropy: entropy of the real experts' load over log E; 1 is even, 0 is one expert.
         dead: real experts without any assignment.
         token_entropy: mean entropy of the router's softmax per token, in nats; None where routers give no scores.
+        real_per_token: assignments a token that experts computed, nulls and dropped ones left out; None if not counted.
     """
 
     load: list[float]
@@ -62,10 +66,13 @@ class RouterReport:
     load_entropy: float
     dead: list[int]
     token_entropy: float | None
+    real_per_token: float | None = None
 
 
-def report(load_C: Tensor, num_null: int = 0, entropy: tuple[float, int] | None = None) -> RouterReport:
-    """Statistics of one layer's counts, int64 [C]."""
+def report(
+    load_C: Tensor, num_null: int = 0, entropy: tuple[float, int] | None = None, rows_E: list[float] | None = None
+) -> RouterReport:
+    """Statistics of one layer's counts, int64 [C], and of the rows a token that its experts computed."""
     counts_C = load_C.double()
     total = float(counts_C.sum())
     real_E = counts_C[: len(counts_C) - num_null]
@@ -80,6 +87,7 @@ def report(load_C: Tensor, num_null: int = 0, entropy: tuple[float, int] | None 
         load_entropy=spread / even if even > 0 else 1.0,
         dead=(real_E == 0).nonzero().flatten().tolist(),
         token_entropy=entropy[0] / entropy[1] if entropy and entropy[1] else None,
+        real_per_token=None if rows_E is None else sum(rows_E),
     )
 
 
@@ -90,19 +98,22 @@ class Window:
     load: dict[str, Tensor] = field(default_factory=dict)
     num_null: dict[str, int] = field(default_factory=dict)
     entropy: dict[str, tuple[float, int]] = field(default_factory=dict)
+    rows: RowCounter = field(default_factory=RowCounter)
 
     def add(self, load: dict[str, Tensor], counter: LoadCounter) -> None:
         """Add one step: ``load`` summed over ranks, the rest of the recorder as it is."""
         for site, counts_C in load.items():
             self.load[site] = self.load[site] + counts_C if site in self.load else counts_C
         self.num_null.update(counter.num_null)
+        self.rows.add(counter.rows)
         self.entropy = dict(counter.entropy) or self.entropy
 
     def take(self) -> dict[str, RouterReport]:
         """The reports by site; the window starts anew."""
+        rows = self.rows.per_token()
         reports = {
-            site: report(counts_C, self.num_null.get(site, 0), self.entropy.get(site))
+            site: report(counts_C, self.num_null.get(site, 0), self.entropy.get(site), rows.get(site))
             for site, counts_C in self.load.items()
         }
-        self.load, self.entropy = {}, {}
+        self.load, self.entropy, self.rows = {}, {}, RowCounter()
         return reports

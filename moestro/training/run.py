@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from moestro.core.errors import ConfigError, SaveError, TrainError
-from moestro.data.dataset import Dataset, build_dataset, load_tokenizer
+from moestro.core.files import write_text
+from moestro.data.dataset import Dataset, build_dataset
 from moestro.training.build import (
     build_model,
     check_causal,
@@ -20,32 +22,43 @@ from moestro.training.build import (
     enter_phase,
     loss_weights,
     open_model,
-    reference_tokenizer,
 )
 from moestro.training.checkpoint import Saved, latest_checkpoint
-from moestro.training.log import Log
+from moestro.training.log import RUN, Log
 from moestro.training.loop import Trainer, TrainResult
 from moestro.training.objectives import Objective, make_objective
 from moestro.training.parallel import Ranks, gathered_weights, own_class, ranks
-from moestro.training.phases import ever_trained
 from moestro.training.precision import choose_dtype
 from moestro.training.recipe import Recipe, load_recipe
 from moestro.training.size import Size, size_of
+from moestro.training.skeleton import check_length, recipe_skeleton, recipe_tokenizer
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from moestro.training.baseline import Baseline, Kind
+
 
 DTYPES = ("float32", "bfloat16")
 
 
-def train(recipe: Recipe | str | Path, out: str | Path, *, fresh: bool = False, silent: bool = False) -> TrainResult:
+def train(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    silent: bool = False,
+    baseline: "Kind | Baseline | None" = None,
+    measured: str | Path | None = None,
+) -> TrainResult:
     """Train, or go on with a run that was interrupted.
 
     Args:
         recipe: a Recipe, or the YAML file of one. out: folder of the run; its newest complete checkpoint is resumed.
         fresh: refuse a folder that already holds a run.
+        baseline: train this baseline of the recipe instead, one that was derived or its kind (``training.baseline``,
+            also for ``measured``); ``out/recipe.yaml`` then says what it is.
 
     Returns:
         How it ended. ``out/model`` then holds the model, ``out/metrics.jsonl`` the numbers.
@@ -54,6 +67,11 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, fresh: bool = False, 
         MoestroError: one line; nothing half-written is left.
     """
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if isinstance(baseline, str):
+        from moestro.training.baseline import baseline as derive
+
+        baseline = derive(settings, baseline, measured=measured)
+    settings = settings if baseline is None else baseline.recipe
     folder = Path(out)
     with ranks(settings.parallel.kind) as group, _locked(folder, group):
         seed_all(settings.seed)
@@ -67,13 +85,26 @@ def train(recipe: Recipe | str | Path, out: str | Path, *, fresh: bool = False, 
             )
         trainer, tokenizer, more = prepare(settings, folder, group, saved)
         if group.main and not silent:
-            for line in (*notes, *more):
+            for line in (*notes, *more, *(() if baseline is None else baseline.notes)):
                 Log.announce(line)
+        if group.main:
+            describe(trainer)
+            if baseline is not None:
+                write_text(folder / "recipe.yaml", baseline.text())
         result = trainer.run(silent=silent)
+        if group.main and any(phase.on_enter for phase in trainer.recipe.phases):
+            describe(trainer)  # a plan may have changed the model's size
         if result.stopped_by is None:
             save_final(trainer, tokenizer)
         group.barrier()
         return result
+
+
+def describe(trainer: Trainer) -> Path:
+    """Write ``out/run.json``: the recipe, and the size of the model as it is now."""
+    facts = {"schema": 1, "recipe": trainer.recipe.model_dump(mode="json"), "size": trainer.size().json()}
+    trainer.out.mkdir(parents=True, exist_ok=True)
+    return write_text(trainer.out / RUN, json.dumps(facts, indent=1) + "\n")
 
 
 def prepare(
@@ -123,28 +154,9 @@ def prepare(
 def dry_run(recipe: Recipe | str | Path) -> Size:
     """What a recipe would build, counted on the meta device: no weight is read or allocated."""
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    tokenizer = recipe_tokenizer(settings)
-    objective = make_objective(settings.objective, tokenizer)
-    from moestro.training.skeleton import build_skeleton
-
-    model = build_skeleton(settings, objective.head, tokenizer)
-    check_length(settings, model)
-    check_vocabulary(tokenizer, model)
-    check_causal(objective.head, model)
-    named = dict(model.named_parameters())
-    moving = ever_trained(sorted(named), settings)
-    for name, parameter in named.items():
-        parameter.requires_grad_(name in moving)
+    model = recipe_skeleton(settings)
     again = settings.gradient_checkpointing
     return size_of(model, settings.data.sequence_length, gradient_checkpointing=again)
-
-
-def recipe_tokenizer(recipe: Recipe) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a run."""
-    own = None
-    if recipe.data.tokenizer == "model" and recipe.model.load is not None:
-        own = reference_tokenizer(recipe.model.load)
-    return load_tokenizer(recipe.data, own)
 
 
 def save_final(trainer: Trainer, tokenizer: "PreTrainedTokenizerBase") -> Path:
@@ -204,14 +216,6 @@ def _heldout(
     if "sequence_length" not in data.model_fields_set:
         data = data.model_copy(update={"sequence_length": recipe.data.sequence_length})
     return build_dataset(data, tokenizer, objective.shape, dataset.labels)
-
-
-def check_length(recipe: Recipe, model: Any) -> None:
-    """Raise ConfigError for sequences longer than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    length = recipe.data.sequence_length
-    if isinstance(limit, int) and length > limit:
-        raise ConfigError(f"data.sequence_length={length} is above the {limit} positions of the model")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
 from moestro.core.site import Shared, Site
 from moestro.testing.distributed import run_distributed
-from moestro.training.expert_parallel import AllToAll, shard_experts
+from moestro.training.expert_parallel import AllToAll, _Journey, shard_experts
 
 
 DIM, NARROW, INNER, EXPERTS, TOKENS, TOP_K, WORLD = 8, 4, 12, 6, 10, 3, 2
@@ -82,6 +82,12 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
         with torch.no_grad():
             made(inputs(rank)[0])
         found[f"width {width}"] = traffic.rows
+    with pytest.raises(ConfigError, match="mlp: its experts are shared out already, over 2 ranks"):
+        shard_experts(made)
+    rows = [3 * (other == rank) for other in range(world)]
+    home = _Journey(torch.zeros(3, dtype=torch.int64), rows, rows, 1)
+    answers = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # in bfloat16 256 + 1 is 256
+    found["bfloat16"] = made.dispatcher.combine(answers, home).tolist()
     with pytest.raises(ConfigError, match="5 experts cannot be shared equally by 2 ranks"):
         AllToAll(5)
     with pytest.raises(ContextError, match="6 experts; the routing has 4 and 0 nulls"):
@@ -147,6 +153,11 @@ def test_bytes_are_what_crosses_ranks(ranks: list[dict[str, Any]], case: str, un
         assert ranks[rank][case + " reset"] == 0
     if until == 99:
         assert min(leaving) > 0
+
+
+def test_answers_of_half_precision_are_added_in_float32(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert found["bfloat16"] == [[258.0]]
 
 
 def test_one_copy_sends_less(ranks: list[dict[str, Any]]) -> None:

@@ -1,5 +1,7 @@
 """Sizes of whole models: the same as the planner's closed forms, and as what AdamW and a counted step hold and run."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ from moestro.models.load import adopt
 from moestro.models.sizing_build import size_of_config, size_of_model
 from moestro.models.swap import swap
 from moestro.testing.tiny import TINY, VOCAB, tiny_model
+from moestro.training.build import open_model
+from moestro.training.log import read_metrics
+from moestro.training.recipe import Recipe
+from moestro.training.run import dry_run, train
 from moestro.training.size import size_of
 
 
@@ -68,6 +74,36 @@ def test_measured_rows_decide_what_is_active() -> None:
     assert whole.active - one.active == 2 * sum(p[0].numel() for p in bank.parameters())
     again = size_of(model, LENGTH, gradient_checkpointing=True)
     assert (again.train_flops, whole.train_flops) == (4 * whole.forward_flops, 3 * whole.forward_flops)
+
+
+def test_a_run_logs_the_operations_that_ran(tmp_path: Path) -> None:
+    """A capacity drops tokens; reports come every third step, at the end of a phase and at the end."""
+    router = {"method": "train.switch", "config": {"capacity": 3}}
+    swaps = [{"method": "train.moe", "config": {"num_experts": 4, "expert_size": 8, "router": router}}]
+    settings = Recipe(
+        name="dropping",
+        model={"config": {**TINY["llama"], "model_type": "llama", "vocab_size": "auto"}, "swaps": swaps},
+        data={"source": "builtin:german", "tokenizer": "bpe:300", "sequence_length": 16},
+        phases=[{"name": "first", "steps": 4}, {"name": "second"}],
+        monitor={"every": 3},
+        steps=7,
+        batch_size=2,
+        precision="float32",
+    )
+    train(settings, tmp_path, silent=True)
+    rows = read_metrics(tmp_path)
+    assert {row["step"] for row in rows if "flops_per_token" in row} == {3, 4, 6, 7}
+    assert {row["tokens"] for row in rows} == {2 * 16}
+    model = open_model(tmp_path / "model")
+    for row in rows:
+        if "router" in row:
+            real = {site: found["real_per_token"] for site, found in row["router"].items()}
+            assert all(0 < value < 1 for value in real.values())
+            each = {site: [value / 4] * 4 for site, value in real.items()}
+            assert row["flops_per_token"] == size_of(model, 16, rows=each).train_flops
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert told["size"] == dry_run(settings).json()
+    assert Recipe.parse(told["recipe"]) == settings
 
 
 def test_tables_are_bytes_but_no_parameters() -> None:

@@ -1,8 +1,8 @@
 """How readable the hidden units of a mixture are: which facts about a token single units tell.
 
 The code of a token is z [F], F = E I: for each of its experts the routing weight times what enters the down projection,
-0 for all others. A classifier is a unit f with a threshold t = i / levels of the unit's largest value, i = 0 .. levels
-- 1: it says yes where z_f > t max z_f. Facts are boolean properties p of tokens.
+0 for all others. A classifier is a unit f with a threshold t = i / levels of the unit's largest value on even
+sequences, i = 0 .. levels - 1: it says yes where z_f > t max z_f. Facts are boolean properties p of tokens.
 
     coverage        mean over p of the best F1 that any classifier reaches on p
     reconstruction  on even sequences each classifier that says yes ``min_active`` times or more is given every p on
@@ -183,7 +183,7 @@ def run(subject: MeterInputs, layers: Mapping[str, MoELayer]) -> tuple[Seen, dic
     for batch in subject.batches:
         given = dict(batch)
         ids_BS, true_BSP = given["input_ids"], given.pop("properties", None)
-        if true_BSP is not None and true_BSP.shape[:2] != ids_BS.shape:
+        if true_BSP is not None and (true_BSP.ndim != 3 or true_BSP.shape[:2] != ids_BS.shape):
             raise DataError(f"properties of shape {list(true_BSP.shape)} for token ids {list(ids_BS.shape)}")
         with torch.no_grad(), session(keeps=("input",), collect=True) as opened:
             subject.model(**given)
@@ -203,6 +203,8 @@ def run(subject: MeterInputs, layers: Mapping[str, MoELayer]) -> tuple[Seen, dic
         raise ConfigError("inspect.property_probe looks at tokens; give texts or batches")
     if len({len(part) for part in tokens}) > 1:
         raise DataError("some batches carry properties and some do not; give them with every batch or with none")
+    if len(counts := sorted({part[2].shape[1] for part in tokens if len(part) > 2})) > 1:
+        raise DataError(f"batches carry {spell(counts)} properties a token; give the same ones with every batch")
     joined = [torch.cat(column) for column in zip(*tokens, strict=True)]
     codes = {site: Code(*(torch.cat(column) for column in zip(*part, strict=True))) for site, part in parts.items()}
     return Seen(joined[0], joined[1], joined[2] if len(joined) > 2 else None), codes

@@ -152,13 +152,13 @@ def subject_of(inputs: MeterInputs, config: Config) -> Subject:
         raise ConfigError("route_oracle compares losses; give texts to predict")
     layers = list(mixture_layers(inputs.model).values())
     wanted = list(range(len(layers))) if config.layers is None else config.layers
-    if not wanted or not set(wanted) <= set(range(len(layers))):
-        raise ConfigError(f"layers={config.layers}; the model has {len(layers)} routed layers, from 0")
+    if not wanted or not set(wanted) <= set(range(len(layers))) or len(set(wanted)) < len(wanted):
+        raise ConfigError(f"layers={config.layers}; the model has {len(layers)} routed layers, from 0, each once")
     counts = {layers[place].router.num_choices for place in wanted}
     if config.choices is None and len(counts) > 1:
         raise ConfigError(f"layers have {sorted(counts)} choices; name the ones to try in choices")
-    choices = config.choices or [[i] for i in range(min(counts))]
-    if any(not ids or not set(ids) <= set(range(min(counts))) or len(set(ids)) < len(ids) for ids in choices):
+    choices = [[i] for i in range(min(counts))] if config.choices is None else config.choices
+    if not choices or any(not ids or set(ids) - set(range(min(counts))) or len(set(ids)) < len(ids) for ids in choices):
         raise ConfigError(f"choices={choices}; every one is a set of ids from 0 to {min(counts) - 1}")
     total = len(choices) ** len(wanted)
     if total > config.max_patterns:
@@ -186,7 +186,7 @@ def budget_rows(
     """One row a budget; the best fixed pattern is chosen on the even tokens for the odd ones and vice versa."""
     rows = []
     count_P = (every == 0).sum(1)
-    for budget in count_P.unique().tolist():
+    for budget in torch.unique(count_P).tolist():
         at_P = count_P == budget
         loss, entropy = loss_PN[at_P], entropy_PN[at_P]
         even, odd = loss[:, ::2], loss[:, 1::2]

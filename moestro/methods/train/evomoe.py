@@ -24,7 +24,6 @@ phase before, one expert that many copies are made of, is ``convert.diversify``;
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -36,6 +35,7 @@ from moestro.core.errors import ConfigError, ContextError
 from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
+from moestro.methods.train._parts.noise import gumbel_like
 
 
 Stage = Literal["dense", "soft", "hard"]
@@ -74,12 +74,6 @@ def temperature(progress: float, config: Config) -> float:
     high, low, done = config.tau_max, config.tau_min, min(progress, 1.0)
     tau = high - done * (high - low) if config.decay == "linear" else high * (low / high) ** done
     return max(tau, low)
-
-
-def gumbel_like(logits_TC: Tensor) -> Tensor:
-    """Independent draws from Gumbel(0, 1), -log E for E ~ Exp(1), of the same shape; always finite."""
-    draw_TC = torch.empty_like(logits_TC, requires_grad=False).exponential_()
-    return draw_TC.clamp_(min=torch.finfo(draw_TC.dtype).tiny).log_().neg_()
 
 
 def active_experts(gate_TC: Tensor, threshold: float) -> Tensor:

@@ -12,9 +12,8 @@ so that I (1 - z_j) / 2 units are expected to be positive: the k largest z are t
 weight = softmax of z over the chosen. The router has no weights of its own; 2 D E multiply-adds replace D E.
 
 With ReLU experts y = sum_j w_j W_down[j] relu(W_up[j] x) is one wide layer. Its code, all w_j relu(W_up[j] x) in a row
-[E I], is exactly 0 outside the chosen experts and sparse inside them. ``expert_size`` builds that layer. Left open, the
-router alone is built, for a mixture that exists (``router`` of ``train.moe`` or ``convert.upcycle``); of gated experts
-it reads the gate, whose sign decides over the unit when the activation is ReLU.
+[E I], is exactly 0 outside the chosen experts and sparse inside them. ``expert_size`` builds that layer; left open, the
+router alone, for any mixture. Of gated experts it reads the gate, whose sign decides over a ReLU unit.
 
 Source: MoE-X (2503.07639). Deviations: see the card at the end.
 """
@@ -32,6 +31,7 @@ from moestro.core.bank import Bank, HeterogeneousBank, StackedFFN
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext
+from moestro.core.cost import Work
 from moestro.core.errors import ConfigError, NonFiniteError
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
@@ -50,7 +50,7 @@ class Config(BaseConfig):
     Attributes:
         detach_stats: keep routing gradients away from the experts' weights; they still reach the token.
         eps: added to the variance. expert_size: I, inner width of the ReLU experts; None builds the router alone.
-        bias: whether those experts have biases. losses: name -> loss method, of the layer that expert_size builds.
+        bias: whether those experts have biases. losses: name -> loss method, of that layer.
     """
 
     num_experts: int = Field(default=8, ge=1)
@@ -114,8 +114,7 @@ def moments(rows_EID: Tensor, bias_EI: Tensor | None = None) -> Moments:
     with torch.autocast(rows_EID.device.type, enabled=False):
         mean_ED, variance_ED = RowMoments.apply(rows_EID.float())  # type: ignore[no-untyped-call]
         if bias_EI is None:
-            zero_E = mean_ED.new_zeros(len(mean_ED))
-            return Moments(mean_ED, variance_ED, zero_E, zero_E)
+            bias_EI = rows_EID.new_zeros(len(rows_EID), 1)
         return Moments(mean_ED, variance_ED, bias_EI.float().mean(1), bias_EI.float().var(1, correction=0))
 
 
@@ -141,8 +140,7 @@ def moments_of(bank: Bank) -> Moments:
     if isinstance(bank, HeterogeneousBank):
         parts = [moments_of(part) for part in bank.parts if isinstance(part, Bank)]
     else:
-        name = next((name for name in ("gate", "up") if name in bank.projections), None)
-        if name is None:
+        if (name := next((name for name in ("gate", "up") if name in bank.projections), None)) is None:
             raise ConfigError(
                 f"train.moe_x reads the first matrix of experts; those of {type(bank).__name__} have none"
             )
@@ -153,13 +151,14 @@ def moments_of(bank: Bank) -> Moments:
 class SparsityRouter(Router):
     """The router. It holds neither parameters nor buffers; the moments are taken anew in every forward.
 
-    In evaluation without gradients they are remembered until the weights' version changes, or ``train``/``eval`` is
-    called. (Writes through ``.data`` change no version: call ``eval()`` after them.)
+    In evaluation without gradients they are remembered until the weights' version changes (writes through ``.data``
+    change none) or ``train``/``eval`` is called.
     """
 
-    def __init__(self, config: Config, where: str = "") -> None:
+    def __init__(self, config: Config, dim: int, where: str = "") -> None:
         super().__init__(config.num_experts, top_k=config.top_k)
         self.config = config
+        self.dim = dim
         self.where = where
         self._compared = False
         self._remembered: tuple[list[_Mark], Moments] | None = None
@@ -168,6 +167,10 @@ class SparsityRouter(Router):
         """See torch.nn.Module."""
         self._remembered = None
         return super().train(mode)
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations for one token: products with means and with variances; taking these is no matrix product."""
+        return 4.0 * self.dim * self.num_experts
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what is remembered: a copy has weights of its own."""
@@ -178,7 +181,7 @@ class SparsityRouter(Router):
 
         Raises:
             ConfigError: the bank does not hold this router's experts, or they do not take rows like ``x_TD``.
-            NonFiniteError: a token that is no padding holds a NaN or an infinity.
+            NonFiniteError: a token that is no padding, or an expert's matrix, holds a NaN or an infinity.
         """
         found = self._moments(bank)
         if found.mean_ED.shape[1] != x_TD.shape[1]:
@@ -187,7 +190,7 @@ class SparsityRouter(Router):
                 f"{found.mean_ED.shape[1]} wide and it is {x_TD.shape[1]}; behind a projection use another router"
             )
         logits_TC = sparsity_scores(x_TD, found, self.config.eps)
-        self._check_finite(logits_TC, ctx)
+        self._check_finite(x_TD, logits_TC, ctx)
         return Scores(logits_TC, logits_TC.detach(), logits_TC)
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
@@ -230,18 +233,22 @@ class SparsityRouter(Router):
                 )
         return found
 
-    def _check_finite(self, logits_TC: Tensor, ctx: RoutingContext) -> None:
-        finite_TC = logits_TC.detach().isfinite()
-        if finite_TC.all():
-            return
-        odd_T = ~finite_TC.all(-1)
+    def _check_finite(self, x_TD: Tensor, logits_TC: Tensor, ctx: RoutingContext) -> None:
+        odd_TC = ~logits_TC.detach().isfinite()
         if ctx.tokens is not None:
-            odd_T = odd_T & ctx.tokens.valid_T
+            odd_TC = odd_TC & ctx.tokens.valid_T[:, None]
+        if not odd_TC.any():
+            return
+        odd_T = odd_TC.any(1) & ~x_TD.isfinite().all(1)
         if odd_T.any():
             raise NonFiniteError(
                 f"{self.where}: the router's input holds a NaN or an infinity in {int(odd_T.sum())} of {len(odd_T)} "
                 f"tokens, first in token {int(odd_T.nonzero()[0, 0])}; look at the layer before"
             )
+        raise NonFiniteError(
+            f"{self.where}: the first matrix of expert {int(odd_TC.any(0).nonzero()[0, 0])} holds a NaN or an "
+            "infinity, or is too large to square; go back to a checkpoint and lower the learning rate"
+        )
 
 
 def _marks(bank: StackedFFN) -> list[_Mark]:
@@ -263,9 +270,8 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     if config.expert_size is None:
         warn_if_dead(config.top_k, True, "train.moe_x")
         where = site.path if site.layer is None else f"{site.path} (layer {site.layer})"
-        return SparsityRouter(config, where)
+        return SparsityRouter(config, site.dim, where)
     balance = {"balance": MethodUse(method="train.balance_loss")}
-    layer = method("train.moe")
     settings = {
         "num_experts": config.num_experts,
         "expert_size": config.expert_size,
@@ -275,7 +281,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         "router": {"method": "train.moe_x", "config": config.model_dump(include={"top_k", "detach_stats", "eps"})},
         "losses": balance if config.losses is None else config.losses,
     }
-    built: nn.Module = layer.build(site, layer.configure(settings), shared)
+    built: nn.Module = method("train.moe").build(site, method("train.moe").configure(settings), shared)
     return built
 
 

@@ -36,6 +36,7 @@ from moestro import ops
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext, layer_context
+from moestro.core.cost import Work, cost
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import emit
 from moestro.core.losses import RoutingLoss
@@ -114,6 +115,7 @@ class HalfExperts(nn.Module):
     def __init__(self, dim: int, out: int, config: Config) -> None:
         super().__init__()
         self.activation = config.activation
+        self.size = config.expert_size
         self.vertical = config.decompose == "vertical"
         parts, axis, size = 2 if self.vertical else 1, config.axis, config.expert_size
         for name in AXES if self.vertical else ("",):
@@ -154,6 +156,15 @@ class HalfExperts(nn.Module):
         return torch.cat([top_TO, self.descend(low_TCI, used_second_TC, "second_")], -1)
 
 
+def _table(pairs: Iterable[tuple[int, int]]) -> Tensor:
+    """Pairs as a tensor [P, 2]; what is no table of numbers is an empty one of another shape."""
+    rows = list(pairs)
+    try:
+        return torch.tensor(rows) if rows else torch.empty(0, 2, dtype=torch.int64)
+    except (TypeError, ValueError):
+        return torch.empty(0)
+
+
 class MonetLayer(nn.Module):
     """The layer. The buffer ``open`` [n, n], bool, says which experts are there; it is saved with the model."""
 
@@ -173,14 +184,21 @@ class MonetLayer(nn.Module):
         brings all back.
 
         Raises:
-            ConfigError: pairs that do not exist, or another shape.
+            ConfigError: pairs that do not exist, another shape, or numbers that are neither bool nor whole.
         """
         if isinstance(pairs, Tensor) and pairs.dtype == torch.bool:
             if pairs.shape != self.open.shape:
                 raise ConfigError(f"{self.site}: a mask of {tuple(pairs.shape)} for experts {tuple(self.open.shape)}")
             self.open &= ~pairs.to(self.open.device)
             return
-        index_P2 = torch.as_tensor(pairs if isinstance(pairs, Tensor) else list(pairs), dtype=torch.int64).view(-1, 2)
+        index_P2 = pairs if isinstance(pairs, Tensor) else _table(pairs)
+        whole = not (index_P2.is_floating_point() or index_P2.is_complex())
+        if not whole or index_P2.ndim != 2 or index_P2.shape[1] != 2:
+            shape = f"{tuple(index_P2.shape)} of {str(index_P2.dtype).removeprefix('torch.')}"
+            raise ConfigError(
+                f"{self.site}: a mask is pairs (first, second) of whole numbers or bool {tuple(self.open.shape)}, "
+                f"got {shape}"
+            )
         if index_P2.numel() and not 0 <= int(index_P2.min()) <= int(index_P2.max()) < len(self.open):
             raise ConfigError(
                 f"{self.site}: halves are numbered 0 to {len(self.open) - 1}, got {index_P2.tolist()[:3]}"
@@ -202,6 +220,15 @@ class MonetLayer(nn.Module):
             y_TO: Tensor = self.experts(x_TD, first_THC, second_THC, self.open if closed else None)
             ctx.keep(self.site, "output", y_TO)
             return y_TO.view(*hidden.shape[:-1], y_TO.shape[-1])
+
+    def flops_per_token(self, work: Work) -> float:
+        """Operations for one token: the halves' matrices, the sums over halves, the router where it is asked."""
+        axis, experts = len(self.open), self.experts
+        products = sum(weight.numel() for name, weight in experts.named_parameters() if not name.endswith("up_bias"))
+        closed = not self.open.is_meta and not bool(self.open.all())
+        reached = axis if closed else 1  # halves that a half meets one by one
+        products += self.heads * axis * reached * ((1 if closed else 2) * experts.size + (2 if experts.vertical else 1))
+        return 2.0 * products + (cost(self.router.module, work) if self.site == self.owner else 0.0)
 
     def route(self, x_TD: Tensor, ctx: RoutingContext) -> list[Tensor]:
         """The weights of both axes, [T, H, n] each. Edits act on the group's scores, in each layer by itself."""

@@ -33,6 +33,7 @@ from moestro.core.router import LinearRouter, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.site import Shared, Site
 from moestro.methods.train._parts.capacity import fair_share, within_capacity
+from moestro.methods.train._parts.noise import gumbel_like
 from moestro.models.swap import Jitter
 
 
@@ -70,11 +71,6 @@ def priority(order: Order, probability_T: Tensor) -> Tensor | None:
     if order == "probability":
         return probability_T
     return torch.rand_like(probability_T) if order == "random" else None
-
-
-def gumbel_like(x: Tensor) -> Tensor:
-    """Standard Gumbel noise: argmax(z + noise) is a sample from softmax(z)."""
-    return -torch.empty_like(x).exponential_().log()
 
 
 class RandomTokenSelection(LinearRouter):

@@ -1,12 +1,13 @@
-"""The uniformity loss: every choice should be somebody's, so that none of many small experts dies.
+"""The uniformity loss: every choice should be somebody's, so that few of many small experts die.
 
 For the weights g [T, H, n] that routing heads give to choices, and p_hi = mean over valid tokens of g_thi,
 
     loss = - scale * mean over h and i of log max(p_hi, 1e-12)        ln n when the mean is uniform and sums to 1
 
-p is a mean over the tokens of one forward: a choice that a single token leaves out is no loss, one that all leave out
-is, and its gradient reaches the choices that took its share. The value depends on how a step is cut into forwards. The
-choices of a routing are H equal runs, one for each head; an ordinary router has one.
+p is a mean over the tokens of one forward: a choice that one token leaves out is no loss if others take it. The value
+depends on how a step is cut into forwards. A choice that all tokens leave out costs the floor, 27.6 / n a head, but has
+no gradient (a router's weights of exactly 0 have none): the loss keeps rare choices in use and cannot bring back one
+that nobody keeps. The choices of a routing are H equal runs, one for each head; an ordinary router has one.
 
 Source: Monet (2412.04139, section 3.3), where the logarithm is printed token by token. Choices that a token leaves out
 weigh 0 there, and only the mean over the batch gives the values the paper reports, just above ln n.

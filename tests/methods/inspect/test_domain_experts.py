@@ -13,6 +13,7 @@ from moestro.core.inputs import MeterInputs
 from moestro.core.layer import mixture_layers
 from moestro.core.registry import method
 from moestro.core.report import Report
+from moestro.core.routing import Routing
 from moestro.core.session import session
 from moestro.data.tokens import byte_tokenizer
 from moestro.methods.inspect import domain_experts as subject
@@ -154,6 +155,14 @@ def test_masked_plain_experts_give_nothing_and_their_weight_goes_to_nobody() -> 
         for projection in ("gate_up_proj", "down_proj"):  # an expert of zeros answers 0
             model.get_submodule(site).bank.get_parameter(projection)[mask] = 0
         torch.testing.assert_close(found, model(**batch).logits, atol=1e-6, rtol=1e-6)
+
+
+def test_what_capacity_dropped_does_not_come_back() -> None:
+    given = Routing.from_topk(torch.tensor([[0, 1], [1, 2]]), torch.ones(2, 2), num_experts=3)
+    edit = subject.Without({"here": torch.tensor([False, True, False])})
+    given = given.replace(kept_N=torch.tensor([False, True, True, True]))
+    assert edit.on_routing("here", given, None, None).kept_N.tolist() == [False, False, False, True]
+    assert edit.on_routing("there", given, None, None) is given
 
 
 def test_the_loss_is_transformers_own_and_leaves_padding_out() -> None:

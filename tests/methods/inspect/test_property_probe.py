@@ -73,6 +73,8 @@ def test_reconstruction_by_hand() -> None:
     (loose,) = subject.probe(whole(value), [true], halves(6), config(levels=1, precision=0.5))
     # token 1: told {0}: 0; token 3: told {0, 1}: 1
     assert loose.reconstruction == pytest.approx((0 + 1) / 2)
+    (twice,) = subject.probe(whole(value), [true], halves(6), config(levels=1, min_active=2))
+    assert twice == sure  # unit 0 says yes exactly twice
     (rare,) = subject.probe(whole(value), [true], halves(6), config(levels=1, min_active=3))
     assert rare.reconstruction == 0.0
 
@@ -211,13 +213,32 @@ def test_padding_counts_nowhere_and_properties_follow_their_tokens() -> None:
     pad, none = torch.zeros(4, 3, dtype=torch.int64), torch.ones(4, 3, 2, dtype=torch.bool)
     mask = torch.cat([pad, torch.ones_like(batch)], 1)
     padded = {"input_ids": torch.cat([pad, batch], 1), "attention_mask": mask, "properties": torch.cat([none, true], 1)}
-    pieces = [{name: tensor[at : at + 2] for name, tensor in padded.items()} for at in (0, 2)]
+    pieces = [{name: tensor[at : at + 1] for name, tensor in padded.items()} for at in range(4)]
     for batches in ([padded], pieces):
         found = measure(made, batches)
         assert found.notes == plainly.notes == {"tokens": 36, "properties": 2}
         assert found.numbers == pytest.approx(plainly.numbers, abs=1e-6)
     moved = measure(made, [{"input_ids": batch, "properties": true.roll(1, 1)}])
     assert moved.numbers["coverage"] != pytest.approx(plainly.numbers["coverage"], abs=1e-3)
+
+
+def test_what_is_reported_is_the_score_of_the_layer_and_chance_that_of_shuffled_labels() -> None:
+    made, batch = model(), ids(6, 9)
+    true = torch.stack([batch % 2 == 0, batch > 50, batch % 5 == 1], -1)
+    site, layer = next(iter(mixture_layers(made).items()))
+    given = {"input_ids": batch, "properties": true}
+    report = subject.measure(MeterInputs(model=made, batches=[given], seed=5), config(layers=[0], precision=0.7))
+    seen, codes = subject.run(MeterInputs(model=made, batches=[given]), {site: layer})
+    fit = torch.arange(6).repeat_interleave(9) % 2 == 0
+    assert torch.equal(seen.sequence_T % 2 == 0, fit)
+    labels = true.flatten(0, 1)
+    for name, label in (("", labels), (" by chance", subject.shuffled(labels, fit, 5))):
+        with torch.no_grad():
+            (found,) = subject.probe(subject.blocks(layer.bank, codes[site]), [label], fit, config(precision=0.7))
+        assert report.numbers["coverage" + name] == pytest.approx(found.coverage)
+        assert report.numbers["reconstruction" + name] == pytest.approx(found.reconstruction)
+    assert report.numbers["coverage"] != report.numbers["coverage by chance"]
+    assert report.numbers["reconstruction"] != report.numbers["reconstruction by chance"]
 
 
 def test_numbers_are_means_over_the_chosen_layers() -> None:
@@ -236,6 +257,7 @@ def test_rare_properties_are_left_out() -> None:
     true = torch.zeros(4, 9, 3, dtype=torch.bool)
     true[:, ::2, 0] = True
     true[::2, 1, 1] = True  # on even sequences only
+    true[1::2, 1, 2] = True  # on odd ones only
     report = measure(model(), [{"input_ids": batch, "properties": true}])
     assert report.notes["properties"] == 1
     nothing = measure(model(), [{"input_ids": batch, "properties": true}], min_true=20)
@@ -273,6 +295,13 @@ def test_a_dense_model_is_measured_as_a_mixture_of_one() -> None:
             {},
             DataError,
             "some batches carry properties",
+        ),
+        ([{"input_ids": ids(), "properties": torch.ones(2, 7)}], {}, DataError, r"shape \[2, 7\] for token ids"),
+        (
+            [{"input_ids": ids(), "properties": torch.ones(2, 7, count)} for count in (1, 3)],
+            {},
+            DataError,
+            "batches carry 1, 3 properties a token",
         ),
     ],
 )

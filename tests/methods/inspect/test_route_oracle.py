@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moestro
+import moestro.models.load
 from moestro.core.errors import ConfigError
 from moestro.core.inputs import MeterInputs
 from moestro.core.layer import mixture_layers
@@ -223,6 +224,8 @@ def test_any_mixture_can_be_asked() -> None:
     [
         ({"max_patterns": 7}, "2 choices in 3 layers make 8 patterns, over max_patterns=7"),
         ({"layers": [3]}, "the model has 3 routed layers, from 0"),
+        ({"layers": [0, 0]}, "from 0, each once"),
+        ({"choices": []}, "a set of ids"),
         ({"choices": [[0], [2]]}, "a set of ids from 0 to 1"),
         ({"choices": [[0, 0]]}, "a set of ids"),
     ],

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import moestro
+import moestro.models.load
 from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.registry import method
@@ -90,6 +91,17 @@ def test_without_narrowing_and_with_identity_projections_it_is_the_plain_mixture
         layer.post.weight.copy_(torch.eye(WIDTH))
     x = torch.randn(2, 9, WIDTH)
     torch.testing.assert_close(layer(x), plain(x), atol=1e-6, rtol=1e-6)
+
+
+def test_projections_keep_the_scale_of_rows_at_the_start() -> None:
+    torch.manual_seed(0)
+    use = method("train.bigmac")
+    site = Site(path="mlp", kind="mlp", module=nn.Identity(), dim=512, out=512)
+    layer = use.build(site, use.configure({"down_ratio": 0.25}), Shared())
+    x = torch.randn(64, 512)
+    narrow = layer.pre(x)
+    assert float(narrow.detach().std()) == pytest.approx(1.0, abs=0.05)
+    assert float(layer.post(torch.randn(64, 128)).detach().std()) == pytest.approx(1.0, abs=0.05)
 
 
 @pytest.mark.parametrize("gated", [False, True])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import moestro
+import moestro.models.load
 from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.registry import method
@@ -81,6 +82,16 @@ def test_random_routing_mixes_modules_by_their_chances() -> None:
     expected = torch.stack([ffn(layer, 0, x[0]), ffn(layer, 1, x[0]), torch.zeros(count, DIM)])
     chosen = expected.gather(0, routing.expert_TK[:, 0].view(1, -1, 1).expand(1, count, DIM))[0]
     torch.testing.assert_close(y[0], chosen, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("skip", "chances"), [(False, [0.5, 0.5]), (True, [0.45, 0.45, 0.1])])
+def test_without_chances_big_and_small_are_equally_likely(skip: bool, chances: list[float]) -> None:
+    count = 20_000
+    with session(collect=True) as opened:
+        build(skip=skip)(torch.randn(1, count, DIM))
+    (ctx,) = opened.take()
+    share = (ctx.routings["block.mlp"].counts_C() / count).tolist()
+    assert share == pytest.approx(chances, abs=4 * 0.5 / count**0.5)
 
 
 def test_layers_and_tokens_draw_for_themselves() -> None:

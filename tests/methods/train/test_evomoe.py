@@ -18,7 +18,8 @@ from moestro.core.registry import method
 from moestro.core.routing import Routing, Scores
 from moestro.core.session import Edit, session
 from moestro.methods.planning import make_plan
-from moestro.methods.train.evomoe import Config, active_experts, gumbel_like, temperature
+from moestro.methods.train._parts.noise import gumbel_like
+from moestro.methods.train.evomoe import Config, active_experts, temperature
 from moestro.testing.tiny import tiny_model
 from moestro.training.build import open_model
 from moestro.training.checkpoint import latest_checkpoint
@@ -123,7 +124,7 @@ def test_the_phases_of_a_run_carry_the_schedule() -> None:
 # -- noise and the active set -----------------------------------------------------------------------------------
 
 
-def test_the_noise_is_gumbel_and_finite() -> None:
+def test_the_noise_is_gumbel_and_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     draws = gumbel_like(torch.empty(400_000))
     assert bool(draws.isfinite().all())
@@ -132,6 +133,8 @@ def test_the_noise_is_gumbel_and_finite() -> None:
         assert (draws <= at).double().mean().item() == pytest.approx(wanted.item(), abs=0.003)
     with torch.random.fork_rng():
         assert not torch.equal(gumbel_like(draws), gumbel_like(draws))
+    monkeypatch.setattr(Tensor, "exponential_", Tensor.zero_)  # the rare draw of 0, whose logarithm is -inf
+    assert bool(gumbel_like(draws).isfinite().all())
 
 
 @pytest.mark.parametrize(

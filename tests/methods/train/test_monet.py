@@ -380,7 +380,6 @@ def test_losses_are_those_of_routers_not_of_layers() -> None:
 def test_masks_of_a_layer() -> None:
     made = stack()
     layer = made.layers[0]
-    assert isinstance(layer, MonetLayer)
     x = torch.randn(1, 5, WIDTH)
     before = layer(x)
     layer.mask([(0, 1), (3, 2)])
@@ -394,11 +393,12 @@ def test_masks_of_a_layer() -> None:
     layer.mask(torch.ones(4, 4, dtype=torch.bool))
     assert (layer(x) == 0).all()
     layer.open.fill_(True)
-    assert torch.equal(layer(x), before)
-    with pytest.raises(ConfigError, match=r"a mask of \(4, 3\) for experts \(4, 4\)"):
-        layer.mask(torch.ones(4, 3, dtype=torch.bool))
-    with pytest.raises(ConfigError, match="numbered 0 to 3"):
-        layer.mask([(0, 4)])
+    assert torch.equal(layer(x), before)  # and what is no mask is refused
+    refused = {"a mask of": [torch.ones(4, 3).bool()], "numbered 0 to 3": [[(0, 4)], [(-1, 0)]]}
+    refused["a mask is pairs"] = [[(0.0, 1.0)], torch.zeros(2), [(0, 1), (2,)], [("a", "b")]]
+    for odd, words in ((odd, words) for words, some in refused.items() for odd in some):
+        with pytest.raises(ConfigError, match=words):
+            layer.mask(odd)
 
 
 # -- whole models -------------------------------------------------------------------------------------------------

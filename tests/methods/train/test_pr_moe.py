@@ -100,6 +100,29 @@ def test_learned_shares_are_a_convex_pair(x: Tensor) -> None:
     assert (routed.std(0) > 0.05).all(), "the shares are a token's own"
 
 
+def test_shares_are_computed_in_float32_of_a_narrower_model(x: Tensor) -> None:
+    combine, narrow = made().combine.bfloat16(), x.bfloat16()
+    logits = narrow.float() @ combine.weight.float().T + combine.bias.float()
+    assert not torch.equal(logits, logits.bfloat16().float())
+    one, zero = torch.ones_like(narrow), torch.zeros_like(narrow)
+    found = combine(one, zero, narrow, None)
+    assert torch.equal(found, logits.softmax(-1)[:, :1].bfloat16().expand_as(found))
+
+
+def test_by_default_balance_is_asked_of_the_whole_batch() -> None:
+    """Each of two rows asks one expert only: the batch is in balance, no row is."""
+    layer = made(num_experts=2)
+    with torch.no_grad():
+        layer.router.weight.copy_(100 * torch.eye(2, DIM))
+    rows = torch.eye(2, DIM)[:, None].expand(2, 3, DIM)
+    with session(collect=True) as opened:
+        layer(rows)
+        (ctx,) = opened.take()
+    assert {name: term.total.item() for name, term in ctx.losses.items()} == {
+        ("block.mlp", "balance"): pytest.approx(1.0)
+    }
+
+
 def test_with_one_expert_that_equals_the_fixed_branch_any_mix_is_that_branch(x: Tensor) -> None:
     """One expert has p = 1, and c_0 + c_1 = 1: the layer as it is built is the feed-forward."""
     layer = build("train.pr_moe", num_experts=1, expert_size=5)
@@ -180,6 +203,7 @@ def test_parameters_are_counted_by_hand() -> None:
     assert count(residual="none") == 4 * expert + 4 * DIM
     assert count(residual="sum") == 5 * expert + 4 * DIM
     assert count(residual="learned") == 5 * expert + 4 * DIM + 2 * DIM + 2
+    assert count(residual="sum", bias=True) == 5 * (expert + 2 * 5 + DIM) + 4 * DIM
 
 
 @pytest.mark.parametrize(

@@ -285,6 +285,18 @@ def test_the_balance_loss_is_one_when_uniform_and_e_when_collapsed() -> None:
     assert balance(collapsed, torch.ones(40, DIM)) == pytest.approx(4.0)
 
 
+def test_by_default_it_is_the_gate_that_was_released() -> None:
+    config = method("train.random_token_selection").configure({}).model_dump(exclude={"num_experts"})
+    assert config == {
+        "order": "random",
+        "capacity_factor": 1.0,
+        "eval_capacity_factor": 1.0,
+        "min_capacity": 4,
+        "jitter": 0.0,
+        "gumbel": False,
+    }
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -225,6 +225,9 @@ def test_cosine_scores_by_hand() -> None:
     torch.testing.assert_close(found[0], torch.tensor([2.0, 0.8 / 0.3, -1 / 0.3]), atol=1e-5, rtol=0)
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
     assert torch.equal(found[2], torch.zeros(3))
+    zero = torch.zeros(1, 2, requires_grad=True)
+    cosine_logits(zero, weight, log_tau)[0, 0].backward()
+    torch.testing.assert_close(zero.grad, torch.tensor([[1e4 / 0.3, 0.0]]))  # bounded, and towards the expert
 
 
 @pytest.mark.parametrize("embedding", [None, 3])
@@ -380,8 +383,14 @@ def test_gradients_pass_through_a_subset() -> None:
     (mine,) = torch.autograd.grad(out[4].sum(), tower.routers[0].projector.weight, retain_graph=True)
     (whole,) = torch.autograd.grad(tower(given)[2].logits_TC[4].sum(), tower.routers[0].projector.weight)
     torch.testing.assert_close(mine, whole, atol=1e-6, rtol=0)
-    (none,) = torch.autograd.grad(out[0].sum(), tower.routers[1].projector.weight)
+    past, none = torch.autograd.grad(out[0].sum(), [router.projector.weight for router in tower.routers[:2]])
     assert not none.any()
+    ctx = context(1, 6)
+    tower.routers[0].score(given[0], None, ctx)
+    alone = tower.routers[2].score(given[2], None, ctx).logits_TC
+    (expected,) = torch.autograd.grad(alone[0].sum(), tower.routers[0].projector.weight)
+    torch.testing.assert_close(past, expected, atol=1e-6, rtol=0)
+    assert float(past.abs().max()) > 1e-3
 
 
 def sub(tokens: Tokens, position: list[int]) -> Tokens:
@@ -403,6 +412,14 @@ def test_a_state_of_other_tokens_is_refused(writer: list[int], reader: list[int]
         tower.routers[0].score(first[writer], None, ctx)
     with ctx.subset(torch.tensor(reader)), pytest.raises(ContextError, match=message):
         tower.routers[1].score(second[reader], None, ctx)
+
+
+def test_a_position_behind_the_last_of_the_state_is_not_taken_for_the_next_row() -> None:
+    tower, x, ctx = Tower(), inputs(6)[0], context(2, 3)
+    with ctx.subset(torch.tensor([0, 1, 3, 4])):  # positions 0 and 1 of both rows
+        tower.routers[0].score(x[[0, 1, 3, 4]], None, ctx)
+    with ctx.subset(torch.tensor([2])), pytest.raises(ContextError, match="1 of 1 tokens are not among the 4"):
+        tower.routers[1].score(x[[2]], None, ctx)
 
 
 def test_an_input_of_another_token_count_is_refused() -> None:

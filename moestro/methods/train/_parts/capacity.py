@@ -10,7 +10,8 @@ from torch import Tensor
 def fair_share(num_tokens: int, num_experts: int, factor: float) -> int:
     """``factor`` times an expert's fair share of the tokens, rounded up.
 
-    Of the factor as it is written: 1.1 of 10 tokens are 11, where floating point may come out just above and round to 12.
+    Of the factor as it is written: 1.1 * 100 tokens over 10 experts are 11 places, though 1.1 * 100 is above 110 in
+    floating point.
     """
     return math.ceil(Fraction(str(factor)) * num_tokens / num_experts)
 
