@@ -175,6 +175,10 @@ class StackedFFN(Bank):
         assert whole is not None
         return whole[expert]
 
+    def flops_per_row(self, expert: int) -> int:
+        """See Bank. All are alike; looking at one expert of a sharded tensor would ask all ranks for it."""
+        return 2 * (self.up_weight.numel() + self.down_proj.numel()) // self.num_experts
+
     def _tensors(self, expert: int) -> list[Tensor]:
         biases = [b[expert] for b in (self.up_bias, self.down_proj_bias) if b is not None]
         return super()._tensors(expert) + biases

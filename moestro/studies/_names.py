@@ -9,7 +9,6 @@ another concept bear one of them.
 """
 
 import functools
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moestro.core.errors import ConfigError, MoestroError
+from moestro.core.errors import ConfigError
 from moestro.data.tokens import EOS, MASK
+from moestro.studies._files import command, write_lines
 
 
 LANGUAGES = ("cs", "de", "es", "fi", "fr", "it", "nl", "pl", "pt", "ro", "sv", "tr")
@@ -189,23 +189,12 @@ def write(folder: Path, seed: int = 0, times: int = 4) -> list[Path]:
         rows[f"dae-{language}"] = [(language, mask_spans(text, rng, MASK), text) for text in known]
     for language in LANGUAGES:
         rows[f"heldout-{language}"] = [data.pair(language, int(c), to_english=False) for c in data.heldout]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, pairs in rows.items():
-        lines = [{"text": f"{tag}: {source}", "target": f"{target}{EOS}"} for tag, source, target in pairs]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return [folder / f"{name}.jsonl" for name in rows]
-
-
-def command(arguments: Sequence[str]) -> None:
-    """Write the text into the one folder given; what fails leaves one line."""
-    if len(arguments) != 1:
-        sys.exit("usage: python -m moestro.studies._names FOLDER")
-    try:
-        print(*write(Path(arguments[0])), sep="\n")
-    except (MoestroError, OSError) as error:
-        sys.exit(f"error: {error}")
+    files = {
+        name: [{"text": f"{tag}: {source}", "target": f"{target}{EOS}"} for tag, source, target in pairs]
+        for name, pairs in rows.items()
+    }
+    return write_lines(folder, files)
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    command("_names", write, sys.argv[1:])

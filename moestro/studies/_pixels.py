@@ -7,17 +7,16 @@ which prose does not have, so that a byte tokenizer gives each modality ids of i
 """
 
 import functools
-import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moestro.core.errors import ConfigError, MoestroError
+from moestro.core.errors import ConfigError
 from moestro.data.corpora import corpus
 from moestro.data.sources import Split
 from moestro.data.tokens import byte_tokenizer, encode
+from moestro.studies._files import command, write_lines
 
 
 FIRST_LEVEL, LEVELS, BEGIN, END = 0x0E, 17, "\x02", "\x03"  # ASCII: shift out .. record separator, STX, ETX
@@ -72,26 +71,10 @@ def image_ids() -> tuple[int, int]:
 
 def write(folder: Path, characters: int = 1_000_000, source: str = "stdlib-docs") -> list[Path]:
     """The texts as JSON lines, ``train`` and ``heldout``; returns the files. Arguments as of ``documents``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    splits: tuple[Split, ...] = ("train", "heldout")
-    for split in splits:
-        texts = documents(split, characters if split == "train" else max(6000, characters // HELDOUT_OF), source)
-        lines = [json.dumps({"text": text}) + "\n" for text in texts]
-        files.append(folder / f"{split}.jsonl")
-        files[-1].write_text("".join(lines), encoding="utf-8")
-    return files
-
-
-def command(arguments: Sequence[str]) -> None:
-    """Write the texts into the one folder given; what fails leaves one line."""
-    if len(arguments) != 1:
-        sys.exit("usage: python -m moestro.studies._pixels FOLDER")
-    try:
-        print(*write(Path(arguments[0])), sep="\n")
-    except (MoestroError, OSError) as error:
-        sys.exit(f"error: {error}")
+    lengths: dict[Split, int] = {"train": characters, "heldout": max(6000, characters // HELDOUT_OF)}
+    texts = {split: documents(split, length, source) for split, length in lengths.items()}
+    return write_lines(folder, {split: [{"text": text} for text in found] for split, found in texts.items()})
 
 
 if __name__ == "__main__":
-    command(sys.argv[1:])
+    command("_pixels", write, sys.argv[1:])

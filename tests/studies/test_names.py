@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moestro.cli import main
+from moestro.studies._files import command
 from moestro.studies._names import (
     LANGUAGES,
     LONGEST,
@@ -18,7 +19,6 @@ from moestro.studies._names import (
     Characters,
     chances,
     chrf,
-    command,
     corruptions,
     mask_spans,
     names,
@@ -59,9 +59,9 @@ def test_without_babel_one_line_says_what_to_install(
     assert main(["study", "zcode_m3_training", "--micro", "--work", str(tmp_path)]) == 2
     assert capsys.readouterr().err.splitlines() == [line]
     with pytest.raises(SystemExit, match="^" + re.escape(line) + "$"):
-        command([str(tmp_path / "names")])
+        command("_names", write, [str(tmp_path / "names")])
     with pytest.raises(SystemExit, match=r"^usage: "):
-        command([])
+        command("_names", write, [])
 
 
 def test_a_tag_names_the_language_of_the_target() -> None:
