@@ -18,7 +18,6 @@ rows are scaled; both rules for the first are here, and rows are taken as they a
 import math
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
