@@ -155,6 +155,23 @@ def test_every_architecture_collapses_to_a_plain_model_of_equal_logits(family: s
     assert torch.equal(logits(model, None), before), "the plain model shares memory with the supernet"
 
 
+def test_a_collapse_keeps_the_type_the_settings_and_the_mode_and_drops_no_feature() -> None:
+    model = supernet(router_dropout=0.5, router_hidden=20)
+    model.generation_config.max_new_tokens = 7
+    expected = logits(model, MIDDLE)
+    for training in (False, True):
+        plain = collapse(model.train(training), MIDDLE)
+        assert model.training is training
+        assert not plain.training
+        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert plain.generation_config.max_new_tokens == 7
+    assert plain.generation_config is not model.generation_config
+    half = collapse(model.bfloat16().eval(), MIDDLE)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    ours = logits(model, MIDDLE)
+    torch.testing.assert_close(half(input_ids=IDS).logits, ours, atol=0.02 * float(ours.abs().max()), rtol=0)
+
+
 def gradients(model: nn.Module, arch=None) -> dict[str, Tensor]:
     model.zero_grad()
     with session(arch=arch):
