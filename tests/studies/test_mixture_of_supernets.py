@@ -155,3 +155,46 @@ def test_mixed_arms_start_with_mixtures_as_large_as_the_plain_weights() -> None:
     for arm in ("neuron", "layer", "blind", "equal"):
         assert size[arm] == pytest.approx(size["plain"], rel=0.05), arm
     assert size["unscaled"] == pytest.approx(size["plain"] / 2**0.5, rel=0.05)
+
+
+def test_arms_draw_the_same_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, drawn = method(study.ID).module, []
+    draw = module.sandwich
+    monkeypatch.setattr(module, "sandwich", lambda space, pop: drawn.append(draw(space, pop)) or drawn[-1])
+    for arm in ("plain", "neuron", "hypernetwork"):
+        model = study.supernet(CI, study.SETUPS[arm], 0, "ci")
+        study.train_supernet(model, study.settings(CI, study.SETUPS[arm]), CI, 0, "ci", 3)
+    assert len(drawn) == 9
+    assert drawn[:3] == drawn[3:6] == drawn[6:]
+
+
+def test_losses_of_a_supernet_are_those_of_its_plain_models() -> None:
+    model = study.supernet(CI, study.SETUPS["neuron"], 0, "ci")
+    archs = study.measured_archs(CI)
+    found = study.losses_of(model, archs, CI, "ci")
+    for arch in archs:
+        plain = method(study.ID).module.collapse(model, arch)
+        assert found[arch] == pytest.approx(heldout(plain, study.data_of(CI, "ci").heldout, CI), abs=1e-5)
+    assert len(set(found.values())) == len(archs)
+
+
+def test_arms_get_their_steps_and_gaps_are_against_the_networks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[list[int], int]] = []
+
+    def trained(model: torch.nn.Module, config: dict, size: object, seed: int, name: str, steps: int) -> float:
+        ran.append((config["space"]["layers"], steps))
+        return 1.0
+
+    monkeypatch.setattr(study, "scale", lambda budget: CI.model_copy(update={"steps": 20}))
+    monkeypatch.setattr(study, "train_supernet", trained)
+    monkeypatch.setattr(
+        study, "losses_of", lambda model, archs, size, name: {arch: 3.0 + arch.layers for arch in archs}
+    )
+    monkeypatch.setattr(study, "alone", lambda arch, seed, name, steps=None: (None, 2.5 + arch.hidden / 100))
+    outcome = study.outcome.__wrapped__
+    found = {arm: outcome(arm, 0, "ci") for arm in ("layer", "plain_longer", "separate")}
+    assert ran == [([1, 2], 20), ([1, 2], 26), ([1], 10), ([2], 10)]
+    gaps = [0.5 + arch.layers - arch.hidden / 100 for arch in study.measured_archs(CI)]
+    for one in found.values():
+        assert one["gap"] == pytest.approx(sum(gaps) / 6)
+        assert (one["gap_largest"], one["gap_smallest"]) == pytest.approx((gaps[0], gaps[-1]))

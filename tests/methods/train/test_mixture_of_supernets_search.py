@@ -97,6 +97,21 @@ def test_losses_are_those_of_the_architectures() -> None:
     assert set(objective(model.train(), BATCH, {}, config(pop_size=0))) == {"largest", "smallest"}
 
 
+def test_padding_is_no_part_of_a_loss_and_low_precision_none_of_its_sum() -> None:
+    model = supernet()
+    padded = {
+        "input_ids": F.pad(IDS, (3, 0), value=1),
+        "attention_mask": F.pad(torch.ones_like(IDS), (3, 0)),
+        "position_ids": F.pad(torch.arange(5).repeat(2, 1), (3, 0)),
+        "labels": F.pad(LABELS[:, 1:], (4, 0), value=-100),  # padding foretells no first token
+    }
+    plain, found = (objective(model.eval(), batch, {}, config()) for batch in (BATCH, padded))
+    for name, term in plain.items():
+        torch.testing.assert_close(found[name].total, term.total, atol=1e-4, rtol=1e-5)
+    for term in objective(model.bfloat16(), BATCH, {}, config()).values():
+        assert term.total.dtype == torch.float32
+
+
 def test_the_largest_teaches_the_others_when_asked() -> None:
     model = supernet(distill=True).train()
     space = encoder_of(model).space
