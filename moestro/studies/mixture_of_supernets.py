@@ -274,9 +274,10 @@ STUDY = Study(
     setting=(
         "A menu of 18 Llama models (widths 32, 64, 96; inner widths 1, 2, 4 times that; 2 or 3 blocks) on the standard "
         "library's source files, 320 sandwich steps of 8 x 64 tokens with two copies, from scratch; six sizes are "
-        "compared with networks trained alone for 320 updates. Small, so that a seed takes five minutes on one "
-        "core. The paper trains BERT-base supernets for 125k steps and "
-        "translation models on GPUs; its tables could not be read, so claims are those of the abstract."
+        "compared with networks trained alone for 320 updates. Small, so that a seed takes minutes on one "
+        "core. Mixed copies start sqrt(2) larger, so that an even mixture is as large as plain weights. The paper "
+        "trains BERT-base supernets for 125k steps and translation models on GPUs; its tables could not be read, so "
+        "claims are those of the abstract."
     ),
     claims=(
         Claim(
