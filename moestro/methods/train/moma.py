@@ -225,8 +225,9 @@ class ModalityRouter(Router):
 
     def real_per_token(self, length: int) -> float | None:
         """See Router; while experts choose, not rounded, and None where it depends on the modality."""
-        counts = {(self.config.capacity_factor or 1 / size) * size for size in self.config.sizes}
-        return counts.pop() if len(counts) == 1 else None
+        if self.config.capacity_factor is None:
+            return 1.0
+        return self.config.capacity_factor * self.config.sizes[0] if len(set(self.config.sizes)) == 1 else None
 
 
 class ModalityLayer(MoELayer):

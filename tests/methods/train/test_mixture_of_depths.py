@@ -325,6 +325,10 @@ def test_depth_comes_before_modality_and_the_inner_mixture_sees_the_chosen_token
     text = int((taken < FIRST).sum())
     counts = routings["model.layers.0.mlp"].counts_C().tolist()
     assert counts == [int(text / 2 + 0.5)] * 2 + [int((12 - text) / 2 + 0.5)] * 2
+    per_row = torch.bincount(torch.tensor(chosen(routings[SITES[0]])) // 8, minlength=3)
+    assert 3 * int(per_row.max()) > 12, "some slots are filled up"
+    assert rows.per_token()["model.layers.0.mlp"] == [count / 12 for count in counts], "a token that came, not a slot"
+    assert rows.per_token()[SITES[0]] == [0.5]
     assert sum(routings["model.layers.1.mlp"].counts_C().tolist()) >= 24
 
 
