@@ -75,6 +75,7 @@ class DepthRouter(LinearRouter):
     """The router: one choice, the block. Parameters: ``weight`` [1, D]; ``auxiliary``."""
 
     causal = False
+    choice_rows = ("weight", "auxiliary.out", "auxiliary.threshold")
 
     def __init__(self, dim: int, config: Config, site: str) -> None:
         super().__init__(dim, 1, top_k=None)

@@ -259,22 +259,22 @@ def test_generating_is_refused_until_the_auxiliary_router_is_trained() -> None:
         prompt.generate(IDS, **ASK)
     mixed = whole(inside=True)
     with torch.no_grad():
-        mixed.model.layers[1].mlp.router.auxiliary.groups[0].out.zero_()
+        mixed.model.layers[1].mlp.router.auxiliary.out[:2].zero_()
     with pytest.raises(ContextError, match=r"model\.layers\.1\.mlp: cannot generate"):
         mixed.generate(IDS, **ASK)
 
 
 def test_a_group_that_depth_routing_starved_takes_nothing_there_and_does_not_stop_generation() -> None:
     model = whole(inside=True)
-    groups = model.model.layers[0].mlp.router.auxiliary.groups
+    out = model.model.layers[0].mlp.router.auxiliary.out.detach()
     before = forward(model)[1]["model.layers.0.mlp"]
     assert int(before.counts_C()[2:].sum()) > 0
-    nn.init.zeros_(groups[1].out)
+    nn.init.zeros_(out[2:])
     after = forward(model)[1]["model.layers.0.mlp"]
     assert after.causal
     assert after.counts_C().tolist() == [*before.counts_C()[:2].tolist(), 0, 0]
     model.generate(IDS, **ASK)
-    nn.init.zeros_(groups[0].out)
+    nn.init.zeros_(out[:2])
     with pytest.raises(ContextError, match=r"model\.layers\.0\.mlp: cannot generate"):
         model.generate(IDS, **ASK)
 
@@ -340,9 +340,9 @@ def test_the_auxiliary_losses_of_both_reach_their_routers_and_nothing_else() -> 
     terms = {site: term.total for (site, name), term in ctx.losses.items() if name == "auxiliary"}
     assert set(terms) == {*SITES, *(f"model.layers.{n}.mlp" for n in range(3))}
     routing = ctx.routings[SITES[0]]
-    router = model.model.layers[0].router.auxiliary.groups[0]
+    router = model.model.layers[0].router.auxiliary
     x = model.model.embed_tokens(IDS).view(24, -1)
-    answer = (nn.functional.silu(x @ router.narrow.T) @ router.out.T).sigmoid()[:, 0]
+    answer = (nn.functional.silu(x @ router.narrow[0].T) @ router.out.T).sigmoid()[:, 0]
     took = torch.zeros(24, dtype=torch.bool)
     took[routing.token_N] = True
     torch.testing.assert_close(terms[SITES[0]], -torch.where(took, answer, 1 - answer).log().sum())
