@@ -12,6 +12,7 @@ from moestro.core.registry import method
 from moestro.core.routing import Scores
 from moestro.core.session import Edit, Session, session
 from moestro.core.site import Shared
+from moestro.methods.train._parts.batch_choice import parting_level
 from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
@@ -156,3 +157,17 @@ def test_an_expert_that_edits_close_to_most_tokens_takes_what_is_left() -> None:
     with torch.no_grad(), session(collect=True, edits=[Closed()]) as opened:
         model(IDS, use_cache=False)
     assert opened.take()[0].routings["model.layers.0"].token_N.tolist() == [0]
+
+
+def test_a_calibrated_threshold_moves_a_tenth_of_the_way_each_time() -> None:
+    layer, x = build(threshold="calibrated"), torch.randn(8, DIM)
+    auxiliary, level = layer.router.auxiliary, torch.zeros(4)
+    nn.init.normal_(auxiliary.out)
+    for _ in range(2):
+        ctx = context(torch.arange(8) * 10)
+        routing = layer.route(x, ctx)
+        chosen = torch.zeros(8, 4, dtype=torch.bool)
+        chosen[routing.token_N, routing.expert_N] = True
+        level = 0.9 * level + 0.1 * parting_level(ctx.get("block.mlp", "auxiliary"), chosen)[0]
+        torch.testing.assert_close(auxiliary.threshold, level)
+    assert float(level.abs().min()) > 0
