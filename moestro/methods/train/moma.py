@@ -76,7 +76,7 @@ class Config(BaseConfig):
     """
 
     groups: dict[str, Annotated[int, Field(ge=1)]] = Field(default={"text": 4, "image": 4}, min_length=1)
-    modality: Ranges | str = Field(examples=[{"image": [(9, 31)]}])
+    modality: Ranges | Annotated[str, Field(min_length=1)] = Field(examples=[{"image": [(9, 31)]}])
     capacity_factor: float | None = Field(default=None, gt=0, le=1)
     noise: Literal["none", "gumbel_sigmoid"] = "none"
     expert_size: int | None = Field(default=None, ge=1)

@@ -1,5 +1,6 @@
 """Mixture of depths: the batch's best tokens go through, at their own positions; the cache knows who was there."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import moestro
 from moestro.core.context import current_context
-from moestro.core.cost import RowCounter
+from moestro.core.cost import RowCounter, Work, cost
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.registry import method
 from moestro.core.routing import Routing
@@ -19,6 +20,7 @@ from moestro.methods.train.mixture_of_depths import Config, MixtureOfDepths
 from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
+from moestro.training.size import attention_costs
 
 
 IDS = torch.randint(3, 97, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -330,6 +332,24 @@ def test_depth_comes_before_modality_and_the_inner_mixture_sees_the_chosen_token
     assert rows.per_token()["model.layers.0.mlp"] == [count / 12 for count in counts], "a token that came, not a slot"
     assert rows.per_token()[SITES[0]] == [0.5]
     assert sum(routings["model.layers.1.mlp"].counts_C().tolist()) >= 24
+
+
+def test_a_token_costs_the_router_and_its_share_of_a_block_among_as_many() -> None:
+    model = whole(capacity=0.25)
+    wrapped = model.model.layers[0]
+    block, router = wrapped.inner, wrapped.router
+    costs = attention_costs(model)
+    attention = costs[block.self_attn]
+    assert attention(40) > attention(10) > 0
+    work = Work(length=40, training=False, by_length=costs)
+    matrices = 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
+    main, extra = 2 * 32, 2 * (16 * 32 + 16)
+    assert cost(router, work) == main + extra
+    assert cost(wrapped, work) == pytest.approx(main + extra + (matrices + attention(10)) / 4)
+    measured = dataclasses.replace(work, rows={SITES[0]: [0.5]})
+    assert cost(wrapped, measured) == pytest.approx(main + extra + (matrices + attention(20)) / 2)
+    alone = whole(capacity=0.25, kind="mlp").model.layers[0].mlp
+    assert cost(alone, work) == pytest.approx(main + extra + 2 * 3 * 32 * 48 / 4)
 
 
 def test_the_auxiliary_losses_of_both_reach_their_routers_and_nothing_else() -> None:
