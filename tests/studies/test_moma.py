@@ -135,6 +135,21 @@ def test_a_loss_that_is_not_causal_is_not_called_so() -> None:
     torch.testing.assert_close(*(study.losses(control, parts, batch=batch) for batch in (True, False)))
 
 
+def test_what_an_arm_measures_fits_together_and_its_second_stage_trains_auxiliary_routers_only() -> None:
+    found = study.run("moma_2t2i", 0, BUDGETS["ci"])
+    for part in study.NAMES:
+        assert found[f"{part}_gap"] == pytest.approx(found[f"{part}_loss"] - found[f"{part}_loss_by_batch"])
+    assert found["gap"] == max(found["text_gap"], found["image_gap"]), "one modality does not make up for the other"
+    per_token = found["rise_at_50_of_1000"] / found["rise_per_wrong_choice"]
+    assert per_token == pytest.approx(0.05 * 2 * 2, rel=0.2), "two layers with two open choices each"
+    model = study.trained("moma_2t2i", 0, "ci").model
+    learn = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learn == {name for name, _ in model.named_parameters() if "auxiliary" in name}
+    control = study.run("token_choice", 0, BUDGETS["ci"])
+    extra = sum(p.numel() for name, p in model.named_parameters() if "auxiliary" in name)
+    assert found["parameters"] - control["parameters"] == extra > 0, "what the control never asks does not count"
+
+
 def test_losses_by_modality_are_means_over_their_own_targets() -> None:
     parts = study.data("ci").heldout
     one = study.trained("dense", 0, "ci")

@@ -76,7 +76,7 @@ class Config(BaseConfig):
     """
 
     groups: dict[str, Annotated[int, Field(ge=1)]] = Field(default={"text": 4, "image": 4}, min_length=1)
-    modality: Ranges | Annotated[str, Field(min_length=1)] = Field(examples=[{"image": [(9, 31)]}])
+    modality: Ranges | str = Field(examples=[{"image": [(9, 31)]}])
     capacity_factor: float | None = Field(default=None, gt=0, le=1)
     noise: Literal["none", "gumbel_sigmoid"] = "none"
     expert_size: int | None = Field(default=None, ge=1)
@@ -89,6 +89,8 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.modality == "":
+            raise ConfigError("modality is an empty name; give ranges of token ids or the name of a tag")
         if isinstance(self.modality, str):
             return self
         if unknown := sorted(set(self.modality) - set(self.groups)):
@@ -223,9 +225,8 @@ class ModalityRouter(Router):
 
     def real_per_token(self, length: int) -> float | None:
         """See Router; while experts choose, not rounded, and None where it depends on the modality."""
-        if self.config.capacity_factor is None:
-            return 1.0
-        return self.config.capacity_factor * self.config.sizes[0] if len(set(self.config.sizes)) == 1 else None
+        factor, sizes = self.config.capacity_factor, self.config.sizes
+        return 1.0 if factor is None else factor * sizes[0] if len(set(sizes)) == 1 else None
 
 
 class ModalityLayer(MoELayer):

@@ -281,6 +281,17 @@ def test_a_group_that_depth_routing_starved_takes_nothing_there_and_does_not_sto
         model.generate(IDS, **ASK)
 
 
+def test_a_cropped_cache_forgets_who_came_after_the_cut() -> None:
+    model = whole(inside=True)
+    expected, _ = forward(model)
+    with torch.no_grad():
+        cache = model(torch.cat([IDS[:, :5], IDS[:, :2]], 1), use_cache=True).past_key_values
+        cache.crop(-2)
+        out = model(IDS[:, 5:], past_key_values=cache, use_cache=True)
+    assert out.past_key_values.moestro_state["model.layers.0.keys"].shape == (3, 8)
+    torch.testing.assert_close(out.logits, expected[:, 5:], atol=2e-5, rtol=0)
+
+
 def test_caches_that_keep_no_place_for_each_position_are_refused() -> None:
     model = whole()
     with pytest.raises(ContextError, match="DynamicCache"):
@@ -412,6 +423,8 @@ def test_what_cannot_be_is_refused() -> None:
     use = method("train.mixture_of_depths")
     with pytest.raises(ConfigError, match="kind attention"):
         use.build(Site(path="a", kind="attention", module=nn.Identity(), dim=4), use.configure({}), Shared())
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp: a mixture stands there.* kind block"):
+        whole(inside=True, kind="mlp")
     coder = tiny_model("switch_transformers").config
     block = Site(path="a", kind="block", module=nn.Identity(), dim=4, model_config=coder)
     with pytest.raises(ConfigError, match="encoder-decoder"):

@@ -485,7 +485,7 @@ def test_the_objective_splits_the_loss_by_modality_and_says_whether_it_was_causa
         ({"modality": MODALITY, "threshold": 1.0}, "threshold"),
         ({"modality": MODALITY, "noise": "normal"}, "noise"),
         ({"modality": {"image": [[-1, 3]]}}, "modality"),
-        ({"modality": ""}, "at least 1 character"),
+        ({"modality": ""}, "modality is an empty name"),
         ({}, "modality is missing"),
     ],
 )
