@@ -39,7 +39,7 @@ DEPTH = 0.25
 NAMES = ("text", "image")
 GROUPS: dict[str, dict[str, int]] = {"dense": {}, "mixed": {"any": 4}, "moma_1t1i": {"text": 1, "image": 1}}
 PAIRS = {"text": 2, "image": 2}  # the other arms
-FLIPS, DRAWS = (0.005, 0.01, 0.05), 5
+FLIPS, DRAWS = (0.005, 0.01, 0.05), 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def scale(budget: Budget) -> Scale:
     return budget.pick(
         ci=Scale(layers=2, dim=32, inner=64, heads=2, vocabulary=259, length=160, batch=2, steps=3, heldout=2),
         micro=Scale(layers=2, dim=64, inner=128, heads=2, vocabulary=259, length=160, batch=4, steps=60, heldout=16),
-        full=Scale(inner=256, vocabulary=259, length=160, batch=8, steps=360, heldout=48, lr=3e-3),
+        full=Scale(inner=256, vocabulary=259, length=160, batch=8, steps=270, heldout=48, lr=3e-3),
     )
 
 
@@ -188,7 +188,7 @@ def trained(arm: str, seed: int, name: str) -> Trained:
         for key, parameter in model.named_parameters():
             parameter.requires_grad_("auxiliary" in key)
         stepper = Stepper(model, split_loss(), make_optimizer(model, settings))
-        total = budget.pick(ci=2, micro=60, full=100)
+        total = budget.pick(ci=2, micro=60, full=80)
         for step in range(total):
             set_lr(stepper.optimizer, ScheduleConfig(kind="cosine", warmup=max(1, total // 10)).factor(step, total))
             stepper.run(step, [batch(size.steps + step)], weights=weights)
@@ -293,8 +293,8 @@ STUDY = Study(
     title="Experts for each modality, and what remains when choices are causal",
     setting=(
         "Half prose, byte by byte, half images of 64 pixels in 17 levels, 160 tokens a row. Models of 4 layers and "
-        "width 128 with norms after their branches, 360 steps of 1280 tokens; depth routing has 6 layers, every second "
-        "for a quarter of the tokens. Equal operations a token, computed; then 100 steps for auxiliary routers. Losses "
+        "width 128 with norms after their branches, 270 steps of 1280 tokens; depth routing has 6 layers, every second "
+        "for a quarter of the tokens. Equal operations a token, computed; then 80 steps for auxiliary routers. Losses "
         "are held out, in nats a token and causal, where their name does not say otherwise: choices by auxiliary "
         "routers. With one expert taken the norm behind it cancels its score, in token_choice everywhere. The paper "
         "trains 435 million to 1.4 billion active parameters on 1 trillion tokens."
