@@ -280,6 +280,25 @@ def test_one_gate_chooses_for_the_whole_sequence() -> None:
         layer(x[:, :6])
 
 
+def test_dropout_of_the_hidden_units_is_the_blocks_own() -> None:
+    """All of it dropped, so that nothing is left to chance: the output bias alone, and while training only."""
+    dense = dense_of("gelu")
+    dense.dropout = nn.Dropout(1.0)
+    layer, x = union_of(dense, **ALL), x_of()
+    assert torch.equal(layer(x), dense.down_proj.bias.expand_as(x))
+    torch.testing.assert_close(layer.eval()(x), dense_of("gelu")(x), atol=1e-5, rtol=1e-5)
+    assert not recompose(layer).training
+    assert recompose(layer.train()).training
+
+
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+def test_slices_weigh_together_what_the_block_weighs_without_its_output_bias(form: str) -> None:
+    dense = dense_of(form)
+    layer = union_of(dense)
+    total = 4 * (sum(p.numel() for p in dense.parameters()) - (DIM if form == "gelu" else 0))
+    assert [layer.bank.nbytes(i) for i in range(4)] == [total / 4] * 4
+
+
 class Only(Edit):
     """Token 0 keeps the first of its slices, token 1 none."""
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import moestro
-from moestro.core.errors import ConfigError
+from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import mixture_layers
 from moestro.core.session import session
 from moestro.methods.train.uoe import UnionAttention, UnionLayer, recompose
 from moestro.models.load import adopt
 from moestro.models.swap import state_of, swap
-from moestro.testing.tiny import tiny_model
+from moestro.testing.tiny import tiny_config, tiny_model
 
 
 IDS = torch.tensor([[3, 9, 41, 5, 77, 12, 8, 30, 61], [23, 60, 4, 90, 15, 33, 2, 7, 18]])
@@ -81,6 +82,46 @@ def test_decoding_with_a_cache_equals_the_full_forward(family: str, positions: s
             out = model(IDS[:, slice(*cut)], past_key_values=out.past_key_values, use_cache=True)
             logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), full, atol=1e-5, rtol=1e-5)
+
+
+def test_norms_of_queries_and_keys_stay_apart() -> None:
+    dense = tiny_model("qwen3")
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.self_attn.q_norm.weight.copy_(torch.linspace(0.2, 3.0, len(layer.self_attn.q_norm.weight)))
+    model = adopt(copy.deepcopy(dense))
+    swap(model, "train.uoe", {"top_k": 4}, kind="attention")
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_a_cache_that_was_cropped_forgets_what_heads_held(positions: str) -> None:
+    model = union("llama", heads={"position_ids": positions})
+    with torch.no_grad():
+        cache = model(IDS[:, [0, 1, 2, 3, 8, 7, 6]], use_cache=True).past_key_values
+        cache.crop(-3)
+        found = model(IDS[:, 4:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(found, model(IDS).logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_caches_that_do_not_fit_are_refused() -> None:
+    model, dense = union("llama"), tiny_model("llama")
+    with torch.no_grad():
+        cache = dense(IDS[:, :4], use_cache=True).past_key_values
+        with pytest.raises(ContextError, match="the cache holds 4 positions of another model; start a new one"):
+            model(IDS[:, 4:], past_key_values=cache, use_cache=True)
+        model = adopt(MistralForCausalLM(MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 4})))
+        swap(model, "train.uoe", {"top_k": 2}, kind="attention")
+        cache = model(IDS, use_cache=True).past_key_values
+        with pytest.raises(ContextError, match="the cache dropped 6 positions; use one without a window"):
+            model(IDS[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_heads_need_whole_sequences() -> None:
+    model = union("llama")
+    swap(model, "train.mixture_of_depths", {}, kind="block", layers=[1])
+    with pytest.raises(ContextError, match=r"6 of 18 tokens come here, heads need whole sequences; keep sliced"):
+        model(IDS)
 
 
 @pytest.mark.parametrize("positions", ["original", "compacted"])
@@ -215,6 +256,29 @@ def test_heads_of_an_encoder_may_choose_positions(mode: str, tmp_path: Path) -> 
         moestro.save(model, tmp_path / "own")
         assert torch.equal(moestro.load(tmp_path / "own")(IDS).logits, found)
         assert torch.equal(recompose(model)(IDS).logits, dense(IDS).logits)
+
+
+def test_padding_says_nothing_to_the_gate_of_a_sequence() -> None:
+    model = adopt(tiny_model("bert"))
+    swap(model, "train.uoe", {"mode": "sequence", "sequence_length": 12}, kind="attention")
+    gates = [layer.router for layer in mixture_layers(model).values()]
+    padded = [torch.cat([IDS, torch.full((2, 3), filling)], 1) for filling in (0, 50)]
+    mask = (padded[0] != 0).long()
+    with torch.no_grad():
+        for gate in gates:
+            gate.weight.normal_(generator=torch.Generator().manual_seed(7))
+        first, second = (model(ids, attention_mask=mask).logits[:, :9] for ids in padded)
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_what_follows_the_heads_of_an_encoder_is_its_own() -> None:
+    """With all of the heads' output dropped, what is left of a layer's attention is the norm of its input."""
+    model = adopt(tiny_model("bert"))
+    swap(model, "train.uoe", {}, kind="attention")
+    layer = next(iter(mixture_layers(model).values()))
+    layer.train().output.dropout.p = 1.0
+    x = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(layer(x)[0], layer.output.LayerNorm(x))
 
 
 def test_feed_forwards_of_an_encoder_may_choose_positions_and_its_decoder_may_not() -> None:
