@@ -295,5 +295,6 @@ CARD = MethodCard(
         "by default each token chooses by itself, a straight-through weight teaches the gate, a loss balances the load",
         "output biases once a token, not once a slice; rotary positions of the sequence unless 'compacted'",
         "an expert-choice slice takes positions by its full probabilities, not by those that top-k left",
+        "heads take the same share of positions as units; the released ones as many as the fullest head",
     ),
 )
