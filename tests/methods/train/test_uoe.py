@@ -11,7 +11,7 @@ from moestro.core.cost import RowCounter, Work, cost
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.registry import method
 from moestro.core.router import Router
-from moestro.core.routing import Routing
+from moestro.core.routing import Routing, Scores
 from moestro.core.session import Edit, session
 from moestro.core.site import Shared, Site
 from moestro.methods.train.uoe import Config, UnionLayer, combined, recompose
@@ -264,6 +264,25 @@ def test_keep_ratio_is_taken_as_written_and_never_gives_no_token() -> None:
         assert routing.counts_C().tolist() == [wanted] * 3
         assert layer.router.real_per_token(width) == wanted * 3 / width
     assert union_of(dense_of("gelu"), mode="expert_choice", top_k=1).router.real_per_token(8) == 1
+
+
+class Close(Edit):
+    """Slice 2 may not take the tokens 1 to 3."""
+
+    def on_scores(self, site: str, scores: Scores, ctx: RoutingContext) -> Scores:
+        select_TC = scores.select_TC.clone()
+        select_TC[1:4, 2] = float("-inf")
+        return scores.replace(select_TC=select_TC)
+
+
+def test_a_slice_takes_no_position_that_was_closed() -> None:
+    layer = union_of(dense_of("gelu"), mode="expert_choice", keep_ratio=1.0)
+    with session(edits=[Close()], collect=True) as opened:
+        layer(x_of(1))
+    routing = opened.take()[0].routings["mlp"]
+    assert routing is not None
+    assert routing.token_N[routing.expert_N == 2].tolist() == [0, 4, 5, 6]
+    assert routing.counts_C().tolist() == [7, 7, 4, 7]
 
 
 def test_one_gate_chooses_for_the_whole_sequence() -> None:

@@ -284,6 +284,18 @@ def test_whatever_hides_is_hidden_and_biases_are_refused(hiding: float) -> None:
         layer(x, attention_mask=mask)
 
 
+def test_a_query_that_may_see_nothing_sees_itself() -> None:
+    dense = dense_of()
+    layer, x = union_of(dense, top_k=4), x_of(1, 4)
+    mask = torch.ones(4, 4).tril().bool()
+    mask[1] = False
+    alone = mask.clone()
+    alone[1, 1] = True
+    found, expected = (layer(x, attention_mask=m[None, None])[0] for m in (mask, alone))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found[:, 1], dense(x[:, 1:2])[:, 0], atol=1e-5, rtol=1e-5)
+
+
 def test_scores_are_scaled_as_in_the_dense_attention() -> None:
     """Scores twice as large are queries twice as large."""
     dense = dense_of()

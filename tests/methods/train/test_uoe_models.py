@@ -149,7 +149,10 @@ def test_padding_changes_nothing(positions: str, side: str, kind: str) -> None:
     mask = (padded != 0).long()
     place = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
+        heads: list[Tensor] = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda m, given, out: heads.append(out[0]))
         found = model(padded, attention_mask=mask, position_ids=place).logits[:, start : start + 9]
+        assert (heads[0][mask == 0] == 0).all(), "heads leave padding out"
         torch.testing.assert_close(found, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
