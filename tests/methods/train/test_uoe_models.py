@@ -18,6 +18,7 @@ from moestro.methods.train.uoe import UnionAttention, UnionLayer, recompose
 from moestro.models.load import adopt
 from moestro.models.swap import state_of, swap
 from moestro.testing.tiny import tiny_config, tiny_model
+from moestro.training.size import size_of
 
 
 IDS = torch.tensor([[3, 9, 41, 5, 77, 12, 8, 30, 61], [23, 60, 4, 90, 15, 33, 2, 7, 18]])
@@ -41,6 +42,15 @@ def test_all_slices_for_all_tokens_give_the_logits_of_the_dense_model(family: st
     model = union(family, heads={"top_k": 4}, units={"top_k": 4})
     torch.testing.assert_close(model(IDS).logits, tiny_model(family)(IDS).logits, atol=1e-5, rtol=1e-5)
     assert (union(family)(IDS).logits - tiny_model(family)(IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_token_uses_half_of_what_is_cut(family: str) -> None:
+    model, cut = union(family), ("mlp.up", "mlp.gate", "mlp.down", "q_proj", "k_proj", "v_proj", "o_proj")
+    sliced = {name: p.numel() for name, p in model.named_parameters() if any(part in name for part in cut)}
+    assert any(name.endswith("bias") for name in sliced) == (family == "qwen2")
+    found = size_of(model, 9)
+    assert found.parameters - found.active == sum(sliced.values()) / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

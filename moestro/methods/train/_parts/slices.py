@@ -46,7 +46,10 @@ class SlicedBank(Bank):
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """What the experts are made of, so that sizes count it as theirs."""
-        return (linear.get_parameter("weight") for linear in self.linears.values())
+        for name, linear in self.linears.items():
+            yield linear.get_parameter("weight")
+            if self.cut_bias(name) is not None:
+                yield linear.get_parameter("bias")
 
     def cut(self, projection: str) -> Tensor:
         """All slices of a projection [E, out, in], fewer where experts share them; a view."""
