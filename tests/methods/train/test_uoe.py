@@ -348,7 +348,11 @@ def test_the_balance_loss_is_switch_over_slices() -> None:
     term = opened.take()[0].losses[("mlp", "balance")]
     g = (x.flatten(0, 1) @ layer.router.weight.T + layer.router.bias).softmax(-1)
     share = torch.bincount(g.topk(2).indices.flatten(), minlength=4) / 28
-    torch.testing.assert_close(term.total, 4 * (share * g.mean(0)).sum())
+    expected = 4 * (share * g.mean(0)).sum()
+    torch.testing.assert_close(term.total, expected)
+    ours, theirs = (torch.autograd.grad(loss, layer.router.weight)[0] for loss in (term.total, expected))
+    assert theirs.abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs)
     assert not union_of(dense_of("gelu"), losses={}).losses
 
 
