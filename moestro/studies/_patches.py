@@ -21,7 +21,7 @@ class Digits:
     dim: int = 64
     heads: int = 4
     inner: int = 256
-    epochs: int = 36
+    epochs: int = 28
     batch: int = 64
     lr: float = 3e-3
     train: int = 898

@@ -277,13 +277,13 @@ def language(arm: str, seed: int, size: Scale, data: Text) -> dict[str, float]:
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     """Measure one arm on both tasks; the source text has no encoder arms."""
     small = Digits(layers=1, dim=16, heads=4, inner=32, epochs=1, train=128)
-    size = budget.pick(ci=small, micro=Digits(layers=2, epochs=5), full=Digits())
+    size = budget.pick(ci=small, micro=Digits(layers=2, epochs=4), full=Digits())
     found = digits(arm, seed, size)
     if arm in ("union_tokens", "released", "dropout"):
         return found
     scale = budget.pick(
         ci=Scale(layers=1, dim=32, inner=64, heads=4, vocabulary=300, length=32, batch=4, steps=3, heldout=4),
-        micro=Scale(layers=2, dim=64, inner=256, heads=4, vocabulary=512, length=64, steps=40, heldout=16),
+        micro=Scale(layers=2, dim=64, inner=256, heads=4, vocabulary=512, length=64, steps=30, heldout=16),
         full=Scale(vocabulary=512, steps=150),
     )
     data = text(scale.vocabulary, scale.length, scale.heldout, limit=budget.pick(ci=6, micro=120, full=None))
@@ -304,7 +304,7 @@ STUDY = Study(
     title="Half of every layer against a layer of half the size",
     setting=(
         "An encoder (4 layers, width 64, 4 heads, 256 hidden units) on scikit-learn's digits as 16 patches, 898 images "
-        "for 36 epochs; slices choose half of the positions. A Llama model (4 layers, width 128, 4 heads, 512 hidden "
+        "for 28 epochs; slices choose half of the positions. A Llama model (4 layers, width 128, 4 heads, 512 hidden "
         "units) on the standard library's sources, 150 steps of 1024 tokens; tokens choose half the slices. Controls "
         "of equal operations have half the heads. The dense model of the text is also cut after its training, its "
         "feed-forwards into 8 slices. The paper trains 16 layers on WikiText-103, and on long sequences."
