@@ -38,6 +38,12 @@ def encoder(name: str | None = None, *, spread: bool = True, **more: Any) -> Any
     plain = tiny_model(
         "bert", cls="BertForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
+    with torch.no_grad():
+        for bias in (
+            plain.bert.encoder.layer[0].intermediate.dense.bias,
+            plain.bert.encoder.layer[0].output.dense.bias,
+        ):
+            bias.normal_(generator=torch.Generator().manual_seed(1))
     model = moestro.models.load.adopt(plain)
     if name is not None:
         config, layers = PLACES[name]
@@ -60,6 +66,7 @@ def logits(model: nn.Module, ids: Tensor = IDS, mask: Tensor | None = MASK) -> T
 def test_copies_of_the_feed_forward_start_as_the_dense_encoder(weight: str) -> None:
     model, dense = encoder("replace", spread=False, weight=weight), encoder()
     (layer,) = mixture_layers(model).values()
+    assert dense.bert.encoder.layer[0].intermediate.dense.bias.abs().max() > 0.1
     assert layer.bank.num_experts == 3
     nn.init.normal_(layer.router.weight, std=2.0)  # whatever the router says
     with torch.no_grad():
@@ -140,6 +147,32 @@ def test_a_stack_is_its_formula_with_its_gradients() -> None:
     for one, two in zip(ours, theirs, strict=True):
         two = torch.zeros_like(one) if two is None else two
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_of_a_stack_is_on_both_branches_and_in_attention_while_training() -> None:
+    block = encoder("stack", dropout=0.4).bert.encoder.layer[1].top.layers[0]
+    valid = torch.ones(1, 200, dtype=torch.bool)
+    h = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(0))
+    calls: list[Tensor] = []
+    block.dropout.register_forward_hook(lambda module, given, found: calls.append((found == 0).float().mean()))
+    with torch.no_grad():
+        block.train()(h, valid)
+        attended = [block.attention(h, valid) for _ in range(2)]
+        assert not torch.equal(*attended)
+        assert [float(share) for share in calls] == pytest.approx([0.4, 0.4], abs=4 * (0.24 / 6400) ** 0.5)
+        block.eval()
+        assert torch.equal(block.attention(h, valid), block.attention(h, valid))
+        assert torch.equal(block(h, valid), block(h, valid))
+
+
+def test_a_sequence_of_padding_alone_stays_finite_and_changes_no_other() -> None:
+    model = encoder("stack")
+    ids = torch.cat([IDS, torch.zeros_like(IDS[:1])])
+    with torch.no_grad():
+        found = model.bert(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+        alone = model.bert(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:2][MASK.bool()], alone[MASK.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_all_layers_and_experts_of_a_stack_start_alike_and_are_apart() -> None:
@@ -271,6 +304,9 @@ def test_two_phases_freeze_the_experts_and_change_to_the_target(tmp_path: Path) 
         ({**REPLACE, "num_experts": 1, "top_k": 2}, {}, "top_k=2 but num_experts=1"),
         ({**REPLACE, "residual": False}, {}, "residual=False is for placement='head'"),
         ({**HEAD, "activation": "swiglu_oss"}, {}, "needs gated experts"),
+        ({**HEAD, "layers": 3}, {}, "layers=3 is of a stack, but placement='head'; leave it out"),
+        ({**REPLACE, "dropout": 0.1}, {}, "dropout=0.1 is of a stack"),
+        ({**HEAD, "capacity_factor": float("inf")}, {}, "finite"),
         ({**HEAD, "capacity_factor": 0}, {}, "greater than 0"),
         ({**HEAD, "second_threshold": 1.5}, {}, "less than or equal to 1"),
         (HEAD, {"layers": [0]}, r"goes on the last layer; give kind \(sites\): block and layers: \[1\]"),
