@@ -66,7 +66,6 @@ def logits(model: nn.Module, ids: Tensor = IDS, mask: Tensor | None = MASK) -> T
 def test_copies_of_the_feed_forward_start_as_the_dense_encoder(weight: str) -> None:
     model, dense = encoder("replace", spread=False, weight=weight), encoder()
     (layer,) = mixture_layers(model).values()
-    assert dense.bert.encoder.layer[0].intermediate.dense.bias.abs().max() > 0.1
     assert layer.bank.num_experts == 3
     nn.init.normal_(layer.router.weight, std=2.0)  # whatever the router says
     with torch.no_grad():
