@@ -16,6 +16,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.session import session
 from moestro.data.dataset import Dataset
+from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
 from moestro.training.loop import Trainer
@@ -38,13 +39,7 @@ def encoder(name: str | None = None, *, spread: bool = True, **more: Any) -> Any
     plain = tiny_model(
         "bert", cls="BertForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    with torch.no_grad():
-        for bias in (
-            plain.bert.encoder.layer[0].intermediate.dense.bias,
-            plain.bert.encoder.layer[0].output.dense.bias,
-        ):
-            bias.normal_(generator=torch.Generator().manual_seed(1))
-    model = moestro.models.load.adopt(plain)
+    model = adopt(plain)
     if name is not None:
         config, layers = PLACES[name]
         torch.manual_seed(0)
@@ -95,7 +90,7 @@ def test_only_the_straight_weight_shows_the_task_to_the_router() -> None:
 
 def test_a_decoder_can_hold_copies_at_its_mlp_and_generates_alike_with_a_cache(tmp_path: Path) -> None:
     dense = tiny_model("llama")
-    model = moestro.models.load.adopt(tiny_model("llama"))
+    model = adopt(tiny_model("llama"))
     swap(model, "train.switch_encoder", REPLACE)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-5)
@@ -146,6 +141,15 @@ def test_a_stack_is_its_formula_with_its_gradients() -> None:
     for one, two in zip(ours, theirs, strict=True):
         two = torch.zeros_like(one) if two is None else two
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "inner"), [(None, 48), (20, 20)])
+def test_experts_are_as_wide_as_the_feed_forward_unless_told(size: int | None, inner: int) -> None:
+    for name in ("head", "stack"):
+        for layer in mixture_layers(encoder(name, expert_size=size)).values():
+            assert layer.bank.inner == inner
+    (layer,) = mixture_layers(encoder("replace")).values()
+    assert layer.bank.inner == 48
 
 
 def test_dropout_of_a_stack_is_on_both_branches_and_in_attention_while_training() -> None:
@@ -326,7 +330,7 @@ def test_wrong_settings_are_refused_and_leave_the_model_alone(
 
 
 def test_a_decoder_takes_no_stack_and_a_mixture_is_not_replaced_again() -> None:
-    decoder = moestro.models.load.adopt(tiny_model("llama"))
+    decoder = adopt(tiny_model("llama"))
     with pytest.raises(ConfigError, match="attends both ways, but llama has a decoder"):
         swap(decoder, "train.switch_encoder", STACK, kind="block", layers=[1])
     model = encoder("replace")
