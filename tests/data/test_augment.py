@@ -115,7 +115,7 @@ def test_neighbours_are_the_nearest_whole_words() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"big": 0, "large": 1, "##ish": 2, "small": 3, "Big": 4, "a1b": 5, "the": 6}
 
-    table = torch.tensor([[1.0, 0.1], [2.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.1], [1.0, 0.1], [1.0, 0.1]])
+    table = torch.tensor([[1.0, 0.1], [2.0, 0.0], [1.0, 0.1], [0.0, 9.0], [1.0, 0.1], [1.0, 0.1], [1.0, 0.1]])
     near = Neighbours(Vocabulary(), table)  # type: ignore[arg-type]
     assert near("big") == ("large",)
     assert near("##ish") == near("the") == near("unknown") == near("small") == ()
