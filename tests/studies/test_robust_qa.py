@@ -117,7 +117,7 @@ def test_the_control_has_the_active_width_of_the_mixture() -> None:
     width = mixture.bank.dim
     assert ours - theirs == 2 * width * (4 - 1)  # the router alone
     assert dense.router.causal  # no place is counted
-    (wide,) = mixture_layers(build("dense_wide", size, 0)).values()
+    (wide,) = mixture_layers(build("dense_wide_eda", size, 0)).values()
     assert wide.router.causal
     assert sum(p.numel() for p in wide.bank.parameters()) == sum(p.numel() for p in mixture.bank.parameters())
 
@@ -132,7 +132,7 @@ def test_switch_layers_are_the_first_two_that_learn(monkeypatch: pytest.MonkeyPa
 
 def test_two_encoders_start_and_learn_apart_and_answer_with_their_mean() -> None:
     data = data_of(0, SIZE, False)
-    models = [build("dense_two", SIZE, 0, member) for member in range(2)]
+    models = [build("dense_two_eda", SIZE, 0, member) for member in range(2)]
     heads = [model.qa_outputs.weight.detach().clone() for model in models]
     assert not torch.equal(*heads)
     assert torch.equal(heads[0], build("dense", SIZE, 0).qa_outputs.weight)
@@ -172,7 +172,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 def test_an_arm_learns_from_its_pools_and_is_tested_on_what_no_arm_learned(
     arm: str, seen: dict[str, list[Any]]
 ) -> None:
+    robust_qa.plain.cache_clear()
     found = run(arm, 0, BUDGETS["ci"])
+    robust_qa.plain.cache_clear()  # its model is untrained here
     members = 0 if arm == "moe_untrained" else 2 if arm.startswith("dense_two") else 1
     assert seen["fit"] == [(data_of(0, SIZE, arm.endswith("_eda")), member) for member in range(members)]
     assert [questions for _, questions in seen["predict"]] == [parts(domain, 0, SIZE).test for domain in DOMAINS]
@@ -250,6 +252,13 @@ def test_first_experts_are_counted_by_domain_without_padding() -> None:
     real = int(batch["attention_mask"].sum())
     assert count.sum(1).tolist() == [0, real, 0, 0, 2 * real, 0]
     assert torch.equal(count[4], 2 * count[1])
+
+
+def test_every_domain_is_counted_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(robust_qa, "normalised_information", lambda count: seen.append(count) or 0.0)
+    robust_qa.measure(build("moe", SIZE, 0), 0, SIZE)
+    assert (seen[0].sum(1) > 0).all()
 
 
 def test_a_missing_encoder_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
