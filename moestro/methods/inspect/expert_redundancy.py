@@ -22,7 +22,7 @@ Source: DeepSeekMoE (2401.06066, section 4.5: top experts disabled, the shared o
 experts, weights kept or full, and swaps are ours.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -134,10 +134,9 @@ class Added(Edit):
         taken_TC = scores.select_TC.scatter(1, routing.expert_TK, float("-inf"))
         extra_TX = topk_indices(taken_TC[:, : routing.num_experts], self.extra)
         expert_TK = torch.cat([routing.expert_TK, extra_TX], 1)
+        weight_TK = router.weigh(scores.gate_TC.gather(1, expert_TK))
         if self.full:
-            weight_TK = torch.cat([routing.weight_TK, torch.ones_like(extra_TX, dtype=routing.weight_N.dtype)], 1)
-        else:
-            weight_TK = router.weigh(scores.gate_TC.gather(1, expert_TK))
+            weight_TK = torch.cat([routing.weight_TK, torch.ones_like(extra_TX, dtype=weight_TK.dtype)], 1)
         return Routing.from_topk(
             expert_TK, weight_TK, num_experts=routing.num_experts, num_null=routing.num_null, scores=scores,
             causal=routing.causal,
@@ -145,9 +144,9 @@ class Added(Edit):
 
 
 class Weightless(Edit):
-    """Every routed expert weighs nothing."""
+    """Routed experts weigh nothing."""
 
-    def __init__(self, sites: Sequence[str]) -> None:
+    def __init__(self, sites: Container[str]) -> None:
         self.sites = sites
 
     def on_routing(self, site: str, routing: Routing, router: Router, ctx: RoutingContext) -> Routing:
@@ -155,19 +154,24 @@ class Weightless(Edit):
         return routing.replace(weight_N=torch.zeros_like(routing.weight_N)) if site in self.sites else routing
 
 
+class Silent(nn.Sequential):
+    """Answers zeros [T, O] where its part would answer."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return torch.zeros_like(self[0](x_TD))
+
+
 @contextmanager
 def without_shared(layers: Sequence[MoELayer]) -> Iterator[None]:
-    """Inside, the shared branches of ``layers`` answer 0."""
-    hooks = [
-        layer.shared.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-        for layer in layers
-        if layer.shared is not None
-    ]
+    """Inside, the shared branches of ``layers`` answer 0; afterwards the same modules stand there again."""
+    shared = [layer.shared for layer in layers]
     try:
+        for layer, module in zip(layers, shared, strict=True):
+            layer.shared = None if module is None else Silent(module)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, module in zip(layers, shared, strict=True):
+            layer.shared = module
 
 
 def closed_counts(layers: Mapping[str, MoELayer], share: float) -> dict[str, int]:
@@ -213,11 +217,8 @@ class Subject:
 
     def closed(self, counts: Mapping[str, int], kind: Kind, draws: int = 1, keep_weight: bool = False) -> float:
         """Mean rise over ``draws`` with experts closed."""
-        rises = []
-        for number in range(draws):
-            draw = torch.Generator().manual_seed(self.seed + number)
-            rises.append(self.rise(Closed(counts, kind, draw, keep_weight)))
-        return sum(rises) / draws
+        each = [torch.Generator().manual_seed(self.seed + number) for number in range(draws)]
+        return sum(self.rise(Closed(counts, kind, draw, keep_weight)) for draw in each) / draws
 
 
 def subject_of(inputs: MeterInputs, config: Config) -> Subject:
@@ -270,13 +271,11 @@ def measure(subject: MeterInputs, config: Config) -> Report:
         parts = [counts[site] / layer.router.num_experts for site, layer in given.layers.items()]
         top, kept = given.closed(counts, "top"), given.closed(counts, "top", keep_weight=True)
         rows.append([share, sum(parts) / len(parts), top, kept, given.closed(counts, "random", config.draws)])
-    closed = [row[1] for row in rows]
-    kinds = ("top", "top, weight kept", "random")
-    numbers = {"loss": given.plain}
+    numbers, kinds = {"loss": given.plain}, ("top", "top, weight kept", "random")
     for place, kind in enumerate(kinds, 2):
         numbers |= {f"rise: {kind} {row[0]:g}": row[place] for row in rows}
-        numbers[f"slope: {kind}"] = slope(closed, [row[place] for row in rows])
-    others = {"no routed": given.rise(Weightless(list(given.layers))), **shared_rises(given, config)}
+        numbers[f"slope: {kind}"] = slope([row[1] for row in rows], [row[place] for row in rows])
+    others = {"no routed": given.rise(Weightless(given.layers)), **shared_rises(given, config)}
     numbers |= {f"rise: {what}": rise for what, rise in others.items()}
     return Report(
         method="inspect.expert_redundancy",
