@@ -46,7 +46,7 @@ def scale(budget: Budget) -> Scale:
     thin = {"layers": 3, "dim": 64, "inner": 128, "heads": 2, "length": 64}
     return budget.pick(
         ci=Scale(layers=2, dim=32, inner=64, heads=2, vocabulary=512, length=32, batch=4, steps=4, heldout=8),
-        micro=Scale(**thin, vocabulary=512, steps=60, lr=4e-3, heldout=16),
+        micro=Scale(**thin, vocabulary=512, steps=40, lr=4e-3, heldout=16),
         full=Scale(**thin, vocabulary=512, steps=1200, lr=4e-3, heldout=256),
     )
 
