@@ -25,7 +25,7 @@ experts, weights kept or full, and swaps are ours.
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -56,7 +56,7 @@ class Config(BaseConfig):
         layers: which mixture layers, by place from 0; None for all. The others stay as they are.
     """
 
-    shares: list[float] = Field(default=[0.0625, 0.125, 0.1875, 0.25], min_length=1)
+    shares: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default=[0.0625, 0.125, 0.1875, 0.25], min_length=1)
     draws: int = Field(default=2, ge=1)
     extra: int = Field(default=1, ge=1)
     layers: list[int] | None = Field(default=None, min_length=1)
@@ -227,8 +227,6 @@ def subject_of(inputs: MeterInputs, config: Config) -> Subject:
     batches = list(inputs.batches)
     if not every or not batches:
         raise ConfigError(f"expert_redundancy: {len(every)} mixture layers and {len(batches)} batches; both are needed")
-    if any(not 0 < share < 1 for share in config.shares):
-        raise ConfigError(f"shares={config.shares}; each is a part of the experts, above 0 and below 1")
     places = range(len(every)) if config.layers is None else config.layers
     if not set(places) <= set(range(len(every))) or len(set(places)) < len(places):
         raise ConfigError(f"layers={config.layers}; the model has {len(every)} mixture layers, from 0, each once")
@@ -263,7 +261,7 @@ def measure(subject: MeterInputs, config: Config) -> Report:
     """Run the model once for every share, control and draw.
 
     Raises:
-        ConfigError: nothing to measure, shares or layers that cannot be, too few experts left.
+        ConfigError: nothing to measure, layers that cannot be, too few experts left.
     """
     given = subject_of(subject, config)
     rows: list[list[Any]] = []

@@ -277,7 +277,8 @@ def test_a_shared_branch_is_back_after_a_measurement_that_failed() -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"shares": [0.0]}, "above 0 and below 1"),
+        ({"shares": [0.0]}, "shares.*greater than 0"),
+        ({"shares": [0.1, 1.0]}, "shares.*less than 1"),
         ({"shares": [0.8]}, "closes 6 of 7 experts; 1 are left, a token takes 3"),
         ({"extra": 5}, "extra=5 closes 5 of 7 experts; 2 are left, a token takes 3"),
         ({"layers": [0, 9]}, "the model has 2 mixture layers"),
