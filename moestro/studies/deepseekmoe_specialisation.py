@@ -38,6 +38,7 @@ FORMS = {
 }
 AUX = {"balance": 0.01}
 SHARES = [0.125, 0.25]
+FLOOR = 1e-4  # of the loss: what routed experts are worth counts as this at least
 TIMES = 3  # the rise of a swapped routed expert that the shared one must exceed
 
 
@@ -73,14 +74,14 @@ def build(size: Scale, form: Form, seed: int) -> nn.Module:
 
 def readings(rises: Mapping[str, float]) -> dict[str, float]:
     """What claims are about, from the numbers of ``inspect.expert_redundancy``."""
-    top, least = rises["slope: top"], 1e-9
+    top = rises["slope: top"]
     found = {
         "top_slope": top,
         "top_slope_kept": rises["slope: top, weight kept"],
         "random_slope": rises["slope: random"],
         "top_excess": top - rises["slope: random"],
         "routed_worth": rises["rise: no routed"],
-        "top_part": rises[f"rise: top {SHARES[-1]:g}"] / max(rises["rise: no routed"], least),
+        "top_part": rises[f"rise: top {SHARES[-1]:g}"] / max(rises["rise: no routed"], FLOOR),
     }
     if "rise: no shared" in rises:
         traded = min(rises["rise: no shared"], rises["rise: no shared, full weight"])
@@ -98,7 +99,7 @@ def readings(rises: Mapping[str, float]) -> dict[str, float]:
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     """Train one form, then measure its held-out loss and how it rises without experts."""
     size = scale(budget)
-    data = text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
+    data = text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=4, micro=120, full=None))
     model = build(size, FORMS[arm], seed)
     train(model, data.train, size, seed, losses=AUX)
     (rows,) = data.heldout.sources.values()
