@@ -116,12 +116,16 @@ def _load(request: Request) -> Any:
 
 def _plan(request: Request, model: Any) -> "Plan":
     from moestro.methods.planning import make_plan
+    from moestro.observe.calibrate import coverage_table
 
     batches = _batches(request)
     print(f"{request.method_id}: plan", flush=True)
-    return make_plan(
+    plan = make_plan(
         request.method_id, model, request.values, batches=batches or None, trace=_trace(request), seed=request.seed
     )
+    if "calibration" in plan.notes:
+        print(coverage_table(plan.notes["calibration"]))
+    return plan
 
 
 def _trace(request: Request) -> Any:
