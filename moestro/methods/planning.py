@@ -29,7 +29,7 @@ MEASURES: Final[dict[str, Callable[..., Any]]] = {"coactivation": coactivation, 
 
 
 def make_plan(
-    method_id: str,
+    method_id: str | Method,
     model: nn.Module,
     config: Mapping[str, Any] | None = None,
     *,
@@ -42,7 +42,7 @@ def make_plan(
     """What a planner decides for an open model.
 
     Args:
-        method_id: of a method with the entry ``plan``. config: its settings.
+        method_id: of a method with the entry ``plan``, or the method itself. config: its settings.
         donors: further models by name. batches: calibration data. statistics: what was measured already.
         trace: a recorded routing trace. seed: of every random choice.
 
@@ -50,7 +50,7 @@ def make_plan(
         RegistryError: no such method, or one that is no planner. ConfigError: its settings.
         PlanError: the settings cannot work on this model, or the planner measures something and got no data.
     """
-    used = method(method_id)
+    used = method_id if isinstance(method_id, Method) else method(method_id)
     used.entry("plan")
     settings = used.configure(dict(config or {}))
     measured = dict(statistics or {})
@@ -58,9 +58,9 @@ def make_plan(
         if name in measured:
             continue
         if name not in MEASURES:
-            raise PlanError(f"{method_id} asks for the statistic {name!r}; measured are {', '.join(sorted(MEASURES))}")
+            raise PlanError(f"{used.id} asks for the statistic {name!r}; measured are {', '.join(sorted(MEASURES))}")
         if batches is None:
-            raise PlanError(f"{method_id} measures {name} on data with these settings; give calibration data")
+            raise PlanError(f"{used.id} measures {name} on data with these settings; give calibration data")
         measured[name] = MEASURES[name](model, batches, **wishes)
     subjects: dict[str, Subject] = {name: OpenModel(donor, name) for name, donor in (donors or {}).items()}
     inputs = PlanInputs(

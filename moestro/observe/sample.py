@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moestro.core.bank import Bank
 from moestro.core.context import RoutingContext
-from moestro.core.errors import ConfigError
+from moestro.core.errors import PlanError
 from moestro.core.remap import RemapRouter
 from moestro.core.router import Router
 from moestro.core.routing import Routing, Scores
@@ -72,13 +72,14 @@ class BlockSample:
     output by |F_t^T (w_t - w'_t)|^2 = (w - w')^T G_t (w - w'), G_t = F_t F_t^T: the outputs themselves are not kept.
 
     Attributes:
-        size: tokens at most. gram_TEE: G_t, float32. weight_TE: weights of the natural choice, float32.
-        scores: of the sampled tokens.
+        size: tokens at most. input_TD: what the experts are given, float32. gram_TEE: G_t, float32.
+        weight_TE: weights of the natural choice, float32. scores: of the sampled tokens.
     """
 
     def __init__(self, router: Router, size: int) -> None:
         self.router, self.size = router, size
         experts = router.num_experts
+        self.input_TD = torch.zeros(0, 0)
         self.gram_TEE = torch.zeros(0, experts, experts)
         self.weight_TE = torch.zeros(0, experts)
         self.scores: Scores | None = None
@@ -88,8 +89,6 @@ class BlockSample:
     @torch.no_grad()
     def take(self, site: str, bank: Bank, x_TD: Tensor, routing: Routing, valid_T: Tensor) -> None:
         """Let a batch's tokens into the sample: each gets a random key, and the smallest keys stay."""
-        if routing.scores is None or isinstance(self.router, RemapRouter):
-            raise ConfigError(f"{site}: a {type(self.router).__name__} cannot choose again among fewer experts")
         if self._draw is None:
             self._draw = torch.Generator().manual_seed(zlib.crc32(site.encode()))
         valid = valid_T.nonzero().squeeze(1).cpu()
@@ -99,18 +98,24 @@ class BlockSample:
         at = valid[new].to(x_TD.device)
         fresh_TEO = [y_TEO.float() for _, y_TEO in every_expert(bank, x_TD[at])]
         fresh_TEE = [(y_TEO @ y_TEO.transpose(1, 2)).cpu() for y_TEO in fresh_TEO]
+        x_TD = x_TD[at].float().cpu()
+        self.input_TD = torch.cat([self.input_TD[old], x_TD]) if self.input_TD.numel() else x_TD
         self.gram_TEE = torch.cat([self.gram_TEE[old], *fresh_TEE])
         self.weight_TE = torch.cat([self.weight_TE[old], weights_TE(routing)[at].cpu()])
         self._key_T = torch.cat([self._key_T[old], key_T[new]])
-        self.scores = _rows(self.scores, old, routing.scores, at)
+        if routing.scores is not None:
+            self.scores = _rows(self.scores, old, routing.scores, at)
 
     def merge(self, other: "BlockSample") -> None:
         """Join another run's sample of the same layer."""
-        if other.scores is None:
+        if not len(other._key_T):
             return
         best = torch.argsort(torch.cat([self._key_T, other._key_T]), stable=True)[: self.size]
-        every = _rows(self.scores, torch.arange(len(self._key_T)), other.scores, torch.arange(len(other._key_T)))
-        self.scores = _rows(None, best, every, best)
+        if other.scores is not None:
+            every = _rows(self.scores, torch.arange(len(self._key_T)), other.scores, torch.arange(len(other._key_T)))
+            self.scores = _rows(None, best, every, best)
+        inputs = [part.input_TD for part in (self, other) if part.input_TD.numel()]
+        self.input_TD = torch.cat(inputs)[best]
         self.gram_TEE = torch.cat([self.gram_TEE, other.gram_TEE])[best]
         self.weight_TE = torch.cat([self.weight_TE, other.weight_TE])[best]
         self._key_T = torch.cat([self._key_T, other._key_T])[best]
@@ -121,8 +126,12 @@ class BlockSample:
 
         The router's own choice with the others closed. Gates that share a sum of 1 over all experts share it over those
         that are left, which is what a softmax over fewer rows gives.
+
+        Raises:
+            PlanError: a router that gives no scores, or whose choices were renamed.
         """
-        assert self.scores is not None
+        if self.scores is None or isinstance(self.router, RemapRouter):
+            raise PlanError(f"a {type(self.router).__name__} cannot be asked to choose again among fewer experts")
         closed_C = torch.zeros(self.router.num_choices, dtype=torch.bool)
         closed_C[: len(kept_E)] = ~kept_E
         gate_TC = self.scores.gate_TC
