@@ -66,7 +66,11 @@ def _filled(layer: MoELayer, largest: MoELayer) -> MoELayer:
     if getattr(getattr(router, "config", None), "num_groups", 1) > 1:
         raise SaveError(f"{have}; fillers would change the groups its router chooses among; use moestro.save")
     found = copy.copy(layer)
-    found._modules = {**layer._modules, "bank": _wider_bank(bank, count), "router": _wider_router(router, count, switch)}
+    found._modules = {
+        **layer._modules,
+        "bank": _wider_bank(bank, count),
+        "router": _wider_router(router, count, switch),
+    }
     return found
 
 

@@ -29,7 +29,7 @@ from moestro.core.card import MethodCard
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan
-from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, least_of, refuse_remapped
+from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, groups_of, least_of, refuse_remapped
 from moestro.observe.sample import BlockSample
 from moestro.observe.statistics import LayerStats
 from moestro.surgery.choice import choose
@@ -159,13 +159,6 @@ def global_counts(
     return counts
 
 
-def groups_of(there: LayerShape) -> int:
-    """Groups that a layer's router chooses among first."""
-    router = {} if there.module is None else there.module.config.get("router", {})
-    found: int = router.get("config", {}).get("num_groups", 1)
-    return found
-
-
 def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config) -> dict[int, int]:
     """Experts of each layer afterwards.
 
@@ -179,11 +172,14 @@ def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config
         if config.budget == "global" and groups > 1:
             raise PlanError(f"layer {there.layer}: its router has {groups} groups of equal size; use budget=layer")
         if config.floor is not None and config.floor < least_of(there):
-            raise PlanError(f"floor={config.floor}, but layer {there.layer} chooses {least_of(there)} for each token")
+            raise PlanError(
+                f"floor={config.floor}, but layer {there.layer} needs {least_of(there)}, since each token chooses "
+                f"{there.top_k}"
+            )
         if count < least_of(there):
             raise PlanError(
                 f"layer {there.layer}: keep={config.keep} leaves {count} of {there.num_experts} experts, but each "
-                f"token chooses {least_of(there)}; keep at least {least_of(there)}"
+                f"token chooses {there.top_k}; keep at least {least_of(there)}"
             )
         if count % groups:
             fit = [near for near in (count - count % groups, count - count % groups + groups) if near]

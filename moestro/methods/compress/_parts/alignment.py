@@ -29,7 +29,7 @@ EXACT = 4096
 
 
 def units(subject: Subject, there: LayerShape, expert: int) -> Tensor:
-    """All weights of each inner unit of an expert side by side, float32 [I, F]: rows of gate and up, columns of down."""
+    """The weights of each inner unit of an expert: rows of gate and up, columns of down, side by side, [I, F]."""
     parts = []
     for name in there.names:
         if name == "down_bias":

@@ -1,5 +1,6 @@
 """What methods of the stage ask of calibration, and how many experts they leave."""
 
+import math
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
@@ -12,7 +13,7 @@ from moestro.surgery.choice import Layers
 
 
 def _count_or_share(keep: int | float) -> int | float:
-    if isinstance(keep, bool) or not (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1):
+    if not (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1):
         raise ValueError("must be a whole number of experts (1 or more) or a share (above 0, at most 1.0)")
     return keep
 
@@ -69,6 +70,22 @@ def refuse_remapped(there: LayerShape) -> None:
         )
 
 
+def groups_of(there: LayerShape) -> int:
+    """Groups of equal size that a layer's router chooses among first; 1 where it has none."""
+    found: int = _router(there).get("num_groups", 1)
+    return found
+
+
 def least_of(there: LayerShape) -> int:
-    """Fewest experts that a layer's router can choose among."""
-    return there.top_k or 1
+    """Fewest experts that a layer's router can choose among: the groups it keeps must hold as many as it chooses."""
+    groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
+    if groups == 1:
+        return there.top_k or 1
+    return groups * math.ceil((there.top_k or 1) / kept)
+
+
+def _router(there: LayerShape) -> dict[str, Any]:
+    """The settings of a layer's router."""
+    module = {} if there.module is None else there.module.config
+    found: dict[str, Any] = module.get("router", {}).get("config", {})
+    return found

@@ -61,7 +61,7 @@ def merged(inputs: PlanInputs, config: Merging, method: str) -> ExpertPlan:
         if config.router != "remap" and count < least_of(there):
             raise PlanError(
                 f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
-                f"{least_of(there)}; keep at least {least_of(there)}, or use router=remap"
+                f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
             )
         usage = usage_of(inputs, there)
         alike = np.eye(len(usage)) if config.grouping == "random" else affinity(inputs, there, config.similarity)
