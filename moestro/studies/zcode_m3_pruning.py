@@ -93,8 +93,8 @@ TELLS_HALF = (
     "{utilisation_half.loss_after}, random {random_half.loss_before} and {random_half.loss_after}, router weight "
     "{router_weight_half.loss_before} and {router_weight_half.loss_after}, reconstruction "
     "{reconstruction_half.loss_before} and {reconstruction_half.loss_after}; the whole mixture {whole.loss_after}, one "
-    "of half as many experts trained from scratch {small.loss_after}. Use of an expert over its layer's mean spreads by "
-    "{utilisation_half.uneven_use}."
+    "of half as many experts trained from scratch {small.loss_after}. Use of an expert over its layer's mean spreads "
+    "by {utilisation_half.uneven_use}."
 )
 
 STUDY = Study(

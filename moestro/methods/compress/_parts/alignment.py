@@ -66,7 +66,7 @@ def order(reference: Tensor, member: Tensor, runs: tuple[Tensor, Tensor] | None 
     if runs is None:
         return assigned(reference, member)
     found = torch.empty(len(reference), dtype=torch.int64)
-    for one, two in zip(runs[0].split(EXACT), runs[1].split(EXACT), strict=True):
+    for one, two in zip(torch.split(runs[0], EXACT), torch.split(runs[1], EXACT), strict=True):
         found[one] = two[torch.tensor(assigned(reference[one], member[two]))]
     listed: list[int] = found.tolist()
     return listed

@@ -81,7 +81,8 @@ def least_of(there: LayerShape) -> int:
     groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
     if groups == 1:
         return there.top_k or 1
-    return groups * math.ceil((there.top_k or 1) / kept)
+    least: int = groups * math.ceil((there.top_k or 1) / kept)
+    return least
 
 
 def _router(there: LayerShape) -> dict[str, Any]:

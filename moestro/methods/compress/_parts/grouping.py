@@ -46,7 +46,8 @@ def affinity(inputs: PlanInputs, there: LayerShape, similarity: Similarity) -> A
         raise PlanError(f"layer {there.layer}: its router gives no logits; use similarity=expert_output")
     own = there.num_experts or 0
     correlation: Array = stats.logits.correlation_DD[:own, :own].numpy()  # without nulls
-    return (1.0 + correlation) / 2.0
+    found: Array = (1.0 + correlation) / 2.0
+    return found
 
 
 def cosine(gram_EE: Tensor) -> Array:
