@@ -155,12 +155,13 @@ def calibrate(
 
 
 def _call(model: nn.Module, batch: Mapping[str, Any] | Tensor) -> dict[str, Any]:
-    if not isinstance(batch, Tensor):
-        return dict(batch)
-    call = {"input_ids": batch}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    if isinstance(batch, Tensor) and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         call["decoder_input_ids"] = batch
-    return call
+    first = next(model.parameters(), None)
+    if first is None or first.is_meta:
+        return call
+    return {name: value.to(first.device) if isinstance(value, Tensor) else value for name, value in call.items()}
 
 
 def _whole(model: nn.Module, calls: list[dict[str, Any]], wishes: Mapping[str, Any]) -> ModelStats:
