@@ -56,8 +56,8 @@ def cosine(gram_EE: Tensor) -> Array:
     scale_E = torch.where(length_E > 0, 1.0 / length_E.clamp(min=1e-300), 0.0)
     found = (gram_EE.double() * scale_E[:, None] * scale_E).clamp(-1.0, 1.0)
     found.fill_diagonal_(1.0)
-    values: Array = found.cpu().numpy()
-    return (values + values.T) / 2.0
+    values: Array = ((found + found.T) / 2.0).cpu().numpy()
+    return values
 
 
 def group(alike: Array, count: int, method: Grouping, usage: Array, seed: int = 0) -> list[list[int]]:
