@@ -38,7 +38,7 @@ class Mixture(Scale):
     vocabulary: int = 1024
     length: int = 96
     batch: int = 8
-    steps: int = 600
+    steps: int = 450
     lr: float = 3e-3
     heldout: int = 64
     experts: int = 8
