@@ -165,10 +165,11 @@ def refuse_other_tokenizers(refs: list[str]) -> None:
 
 def _plan(request: Request, model: Any, donors: dict[str, Any]) -> "Plan":
     from moestro.methods.planning import make_plan
+    from moestro.observe.calibrate import coverage_table
 
     batches = _batches(request)
     print(f"{request.method_id}: plan", flush=True)
-    return make_plan(
+    plan = make_plan(
         request.method_id,
         model,
         request.values,
@@ -177,6 +178,9 @@ def _plan(request: Request, model: Any, donors: dict[str, Any]) -> "Plan":
         trace=_trace(request),
         seed=request.seed,
     )
+    if "calibration" in plan.notes:
+        print(coverage_table(plan.notes["calibration"]))
+    return plan
 
 
 def _trace(request: Request) -> Any:

@@ -90,6 +90,9 @@ class Subject(Protocol):
     def tensor(self, layer: int, expert: int | None, name: str) -> "Tensor":
         """A tensor of one expert, or of the dense layer (``expert`` None); ``name`` is one of ``LayerShape.names``."""
 
+    def router_row(self, layer: int, expert: int, name: str) -> "Tensor":
+        """The row of an expert in a tensor of its layer's router, such as ``weight``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInputs:

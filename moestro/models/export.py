@@ -2,7 +2,8 @@
 
 A mixture family exports to itself, with as many experts, as wide, as its layers now have. A dense family whose
 feed-forwards became mixtures exports to the mixture family with the same attention (``TO_MIXTURE``). Everything else is
-refused in one line that says what no stock architecture has.
+refused in one line that says what no stock architecture has. Layers with different numbers of experts are filled up
+where the router can switch the fillers off (``masked.py``).
 """
 
 import json
@@ -19,6 +20,7 @@ from moestro.core.layer import MoELayer
 from moestro.models.atomic import atomic_folder
 from moestro.models.headers import TensorInfo
 from moestro.models.keymap import Entry, Mixture, Shape, entries
+from moestro.models.masked import uniform
 from moestro.models.save import write_json, write_tokenizer
 from moestro.models.sites import stacks
 from moestro.models.skeleton import config_from, empty_model
@@ -49,8 +51,9 @@ def export(
         SaveError: no stock architecture expresses the model (the message says what stands in the way), the logits
             differ, or the folder cannot be written.
     """
-    target = find_target(model)
-    source = StockSource(model, _map(model, target))
+    with uniform(model):
+        target = find_target(model)
+        source = StockSource(model, _map(model, target))
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         write_json(temporary / "config.json", target.values)
         if model.can_generate():

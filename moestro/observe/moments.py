@@ -9,6 +9,7 @@ Everything is kept in float64.
 """
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -129,6 +130,105 @@ class SecondMoments:
     def of(self, group: int) -> Tensor:
         """X^T X [D, D] of a group; zeros for one without rows."""
         return self.gram.get(group, torch.zeros(self.dim, self.dim, dtype=self.dtype))
+
+
+class JointMoments:
+    """Mean and centred second moments of rows [N, D], in float64: what covariances and correlations are made of.
+
+    Batches are joined by the rule at the top of the file with d d^T in the place of d^2, so a large common offset of
+    the rows costs no digits.
+
+    Attributes:
+        count: rows seen. mean_D: their mean. comoment_DD: sum of (x - mean)(x - mean)^T.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.count = 0
+        self.mean_D = torch.zeros(dim, dtype=torch.float64)
+        self.comoment_DD = torch.zeros(dim, dim, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, rows_ND: Tensor) -> None:
+        """Take rows [N, D]."""
+        if not len(rows_ND):
+            return
+        rows_ND = rows_ND.detach().to(torch.float64).cpu()
+        other = JointMoments(len(self.mean_D))
+        other.count, other.mean_D = len(rows_ND), rows_ND.mean(0)
+        away_ND = rows_ND - other.mean_D
+        other.comoment_DD = away_ND.T @ away_ND
+        self.merge(other)
+
+    def merge(self, other: "JointMoments") -> None:
+        """Join what another one of the same width has seen."""
+        if other.mean_D.shape != self.mean_D.shape:
+            raise ConfigError(f"joint moments of width {len(other.mean_D)} do not join those of {len(self.mean_D)}")
+        total = self.count + other.count
+        if not total:
+            return
+        delta_D = other.mean_D - self.mean_D
+        share = self.count * other.count / total
+        self.comoment_DD = self.comoment_DD + other.comoment_DD + share * torch.outer(delta_D, delta_D)
+        self.mean_D = self.mean_D + delta_D * (other.count / total)
+        self.count = total
+
+    @property
+    def gram_DD(self) -> Tensor:
+        """X^T X, not centred, float64 [D, D]."""
+        return self.comoment_DD + self.count * torch.outer(self.mean_D, self.mean_D)
+
+    @property
+    def correlation_DD(self) -> Tensor:
+        """Pearson's correlations, float64 [D, D], diagonal 1. A column that never varies correlates 0 with others."""
+        variance_D = self.comoment_DD.diagonal()
+        # The rounding of a mean of equal numbers is no variation.
+        floor_D = max(self.count, 1) * (1e-12 * self.mean_D.abs()).square()
+        scale_D = torch.where(variance_D > floor_D, variance_D.clamp(min=1e-300).rsqrt(), 0.0)
+        found_DD = (self.comoment_DD * scale_D[:, None] * scale_D).clamp(-1.0, 1.0)
+        found_DD.fill_diagonal_(1.0)
+        return found_DD
+
+
+class RankRatios:
+    """How a token's lesser weights compare with its largest: w_r / w_0 for each rank r >= 1, as histograms over [0, 1].
+
+    A histogram joins over batches and ranks; its median is exact to half a bin.
+
+    Attributes:
+        bins: of [0, 1]. histogram_RB: int64 [ranks, bins]; as many ranks as were seen.
+    """
+
+    bins: Final = 4096
+
+    def __init__(self) -> None:
+        self.histogram_RB = torch.zeros(0, self.bins, dtype=torch.int64)
+
+    def add(self, rank_N: Tensor, ratio_N: Tensor) -> None:
+        """Take ratios in [0, 1] of ranks from 1 on, both [N]."""
+        if not rank_N.numel():
+            return
+        bin_N = (ratio_N.double() * self.bins).long().clamp(0, self.bins - 1)
+        ranks = int(rank_N.max())
+        flat = torch.bincount((rank_N - 1) * self.bins + bin_N, minlength=ranks * self.bins)
+        self._join(flat.view(ranks, self.bins).cpu())
+
+    def merge(self, other: "RankRatios") -> None:
+        """Join what another one has seen."""
+        self._join(other.histogram_RB)
+
+    def _join(self, other_RB: Tensor) -> None:
+        total = torch.zeros(max(len(self.histogram_RB), len(other_RB)), self.bins, dtype=torch.int64)
+        for part in (self.histogram_RB, other_RB):
+            total[: len(part)] += part
+        self.histogram_RB = total
+
+    @property
+    def median_R(self) -> Tensor:
+        """The (lower) median ratio of each rank from 1 on, float64 [ranks], to half a bin; 0 for a rank without any."""
+        seen_RB = self.histogram_RB.cumsum(1)
+        half_R = (seen_RB[:, -1:] + 1) // 2
+        place_R = (seen_RB < half_R).sum(1)
+        return torch.where(seen_RB[:, -1] > 0, (place_R.double() + 0.5) / self.bins, 0.0)
 
 
 def _spread(value_G: Tensor, like: Tensor) -> Tensor:

@@ -208,6 +208,7 @@ def apply_folder(
             "method": plan.method,
             "config": plan.config,
             "seed": plan.seed,
+            "notes": plan.notes,
             "rest": plan.rest,
             "ledger": ledger.close(),
             "layers": account,

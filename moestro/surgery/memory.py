@@ -67,6 +67,7 @@ def apply_open(
         "method": plan.method,
         "config": plan.config,
         "seed": plan.seed,
+        "notes": plan.notes,
         "rest": plan.rest,
         "ledger": ledger.close(),
         "layers": account,

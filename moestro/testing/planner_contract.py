@@ -1,4 +1,4 @@
-"""Checks of the entry `plan`, for plans about experts: each plans for tiny models and applies the plan."""
+"""Checks of the entry `plan`, for plans about experts or their bits: each makes one for tiny models and applies it."""
 
 import copy
 import tempfile
@@ -10,19 +10,24 @@ import torch
 from torch import Tensor
 
 from moestro import surgery
-from moestro.core.errors import PlanError
-from moestro.core.inputs import PlanInputs
-from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse, Plan
+from moestro.core.errors import MoestroError
+from moestro.core.layer import mixture_layers
+from moestro.core.plan import BitPlan, ExpertPlan, ExpertSource, LayerExperts, MethodUse, Plan
 from moestro.core.registry import Method
+from moestro.core.session import session
+from moestro.methods.planning import make_plan, wanted
 from moestro.models.load import load
 from moestro.models.save import save
 from moestro.surgery.opened import OpenModel
-from moestro.testing.contracts import example_config
+from moestro.testing.contracts import example_config, example_values
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
 from moestro.testing.tiny import VOCAB, tiny_model
 
 
 FAMILIES = ("llama", "gemma3_text", "cohere", "bert")
+
+
+AnyPlan = ExpertPlan | BitPlan
 
 
 def batch() -> Tensor:
@@ -42,13 +47,13 @@ def as_mixture(model: Any) -> Any:
     return model
 
 
-def subjects(method: Method) -> Iterator[tuple[Any, ExpertPlan]]:
+def subjects(method: Method) -> Iterator[tuple[Any, AnyPlan]]:
     """A tiny model of several families and the method's plan for it: dense where the method takes dense models."""
     for family in FAMILIES:
         model = tiny_model(family)
         try:
             plan = planned(method, model)
-        except PlanError:
+        except MoestroError:
             model = as_mixture(tiny_model(family))
             plan = planned(method, model)
         yield model, plan
@@ -66,17 +71,33 @@ def donors_of(method: Method, model: Any) -> dict[str, Any]:
     return {"donor1": donor}
 
 
-def planned(method: Method, model: Any, seed: int = 3) -> ExpertPlan:
-    """The method's plan for an open model with its example settings."""
-    donors = {name: OpenModel(donor, name) for name, donor in donors_of(method, model).items()}
-    inputs = PlanInputs(subject=OpenModel(model), donors=donors, seed=seed)
-    found: ExpertPlan = method.plan(inputs, example_config(method))
+def planned(method: Method, model: Any, seed: int = 3) -> AnyPlan:
+    """The method's plan for an open model with its example settings, calibrated on `batch` where it measures."""
+    donors = donors_of(method, model)
+    found = make_plan(method, model, example_values(method), donors=donors, batches=[batch()], seed=seed)
+    assert isinstance(found, ExpertPlan | BitPlan)
     return found
 
 
-def applied(method: Method, model: Any, plan: ExpertPlan, **more: Any) -> dict[str, Any]:
+def applied(method: Method, model: Any, plan: AnyPlan, **more: Any) -> dict[str, Any]:
     """The receipt of a plan that is applied to the model it was made for."""
     return surgery.apply(model, plan, donors=donors_of(method, model), **more)
+
+
+def part_of(plan: AnyPlan, layer: int) -> AnyPlan:
+    """The plan for one layer only, which leaves everything outside that layer alone."""
+    if isinstance(plan, ExpertPlan):
+        kept = [entry for entry in plan.layers if entry.layer == layer]
+        return plan.model_copy(update={"layers": kept, "rest": "keep"})
+    bits = {key: value for key, value in plan.bits.items() if int(key.split("/")[0]) == layer}
+    return plan.model_copy(update={"bits": bits})
+
+
+def layers_of(plan: AnyPlan) -> list[int]:
+    """The layers a plan is about, in order."""
+    if isinstance(plan, ExpertPlan):
+        return sorted(entry.layer for entry in plan.layers)
+    return sorted({int(key.split("/")[0]) for key in plan.bits})
 
 
 def plan_round_trips(method: Method) -> None:
@@ -110,9 +131,13 @@ def every_row_is_filled(method: Method) -> None:
     for model, plan in subjects(method):
         shape = OpenModel(model).shape
         receipt = applied(method, model, plan)
-        rows = sum(
-            len(shape.layers[entry.layer].names) * (len(entry.experts) + (entry.shared is not None))
-            for entry in plan.layers
+        rows = (
+            len(plan.bits)
+            if isinstance(plan, BitPlan)
+            else sum(
+                len(shape.layers[entry.layer].names) * (len(entry.experts) + (entry.shared is not None))
+                for entry in plan.layers
+            )
         )
         assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] >= rows
 
@@ -135,9 +160,8 @@ def others_keep_their_bits(method: Method) -> None:
     """See the contract."""
     for model, plan in subjects(method):
         shape = OpenModel(model).shape
-        first = sorted(entry.layer for entry in plan.layers)[0]
-        kept = [entry for entry in plan.layers if entry.layer == first]
-        plan = plan.model_copy(update={"layers": kept, "rest": "keep"})  # another `rest` is a wish to change them
+        first = layers_of(plan)[0]
+        plan = part_of(plan, first)
         block = shape.layers[first].site.rpartition(".")[0]
         before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(block)}
         applied(method, model, plan)
@@ -162,3 +186,47 @@ def saves_and_reopens(method: Method) -> None:
                 parameter.data = parameter.data.clone()
             gap = (again(input_ids=batch()).logits - model(input_ids=batch()).logits).abs().max()
             assert gap == 0, f"logits moved by {gap} when the model was saved and reopened"
+
+
+def calibration_is_noted(method: Method) -> None:
+    """See the contract."""
+    if "experts" not in wanted(method, example_config(method)):
+        return
+    for model, plan in subjects(method):
+        receipt = surgery.apply(model, plan)
+        note = receipt["notes"]["calibration"]
+        assert note == plan.notes["calibration"]
+        assert note["tokens"] == batch().numel()
+        assert {row["layer"] for row in note["layers"]} >= set(layers_of(plan))
+
+
+def experts_shrink(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        sizes = []
+        for _ in range(2):
+            layers = list(mixture_layers(model).values())
+            experts = sum(layer.bank.nbytes(i) for layer in layers for i in range(layer.bank.num_experts))
+            shared = sum(p.nbytes for layer in layers if layer.shared is not None for p in layer.shared.parameters())
+            sizes.append((experts, shared))
+            if len(sizes) == 1:
+                surgery.apply(model, plan)
+        assert sizes[1][0] < sizes[0][0], f"experts take {sizes[1][0]} bytes, before {sizes[0][0]}"
+        assert sizes[1][1] == sizes[0][1], "a shared branch changed its size"
+
+
+def choices_exist(method: Method) -> None:
+    """See the contract."""
+    for model, plan in subjects(method):
+        surgery.apply(model, plan)
+        counts = {site: layer.bank.num_experts for site, layer in mixture_layers(model).items()}
+        for ids in (batch(), batch()[:1, :1]):
+            with torch.no_grad(), session(collect=True) as opened:
+                assert torch.isfinite(model(input_ids=ids).logits).all()
+            for site, routing in opened.take()[0].routings.items():
+                assert routing is not None
+                real = routing.real()
+                pairs = real.token_N * counts[site] + real.expert_N
+                assert real.expert_N.max() < counts[site]
+                assert torch.bincount(real.token_N, minlength=ids.numel()).min() > 0, "a token without an expert"
+                assert len(pairs.unique()) == len(pairs), "a token runs an expert twice"

@@ -1,10 +1,11 @@
 """From a recipe to a model: opened or made, planned and swapped."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +17,8 @@ from moestro.training.recipe import Head, PhaseConfig, PlanUse, Recipe, SwapConf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from moestro.data.dataset import Dataset
 
 TASKS: dict[Head, str] = {
     "causal": "causal-lm",
@@ -154,34 +157,59 @@ def apply_swap(model: nn.Module, entry: SwapConfig) -> None:
 
 
 def apply_plan(
-    model: nn.Module, use: PlanUse, seed: int, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    use: PlanUse,
+    seed: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    batches: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Apply a plan file, or the plan that a planner method makes from the model as it is now. Returns the receipt."""
+    """Apply a plan file, or the plan that a planner method makes from the model as it is now. Returns the receipt.
+
+    Args:
+        batches: calibration data for a planner that measures.
+    """
     from moestro import surgery
-    from moestro.core.inputs import PlanInputs
-    from moestro.core.plan import ExpertPlan
-    from moestro.core.registry import method
-    from moestro.surgery.opened import OpenModel
+    from moestro.core.plan import ExpertPlan, Plan
+    from moestro.methods.planning import make_plan
 
     if use.file is not None:
-        plan = ExpertPlan.load(use.file)
+        plan: Plan = ExpertPlan.load(use.file)
     else:
         assert use.method is not None
-        part = method(use.method)
-        config = part.configure(dict(use.config))
-        plan = part.plan(PlanInputs(subject=OpenModel(model), model=model, seed=seed), config)
+        plan = make_plan(use.method, model, use.config, batches=batches, seed=seed)
     receipt: dict[str, Any] = surgery.apply(model, plan, optimizer=optimizer)
     return receipt
 
 
-def enter_phase(recipe: Recipe) -> Any:
-    """What the trainer calls when a phase with a plan begins."""
+def enter_phase(recipe: Recipe, dataset: "Dataset | None" = None, objective: Any = None) -> Any:
+    """What the trainer calls when a phase with a plan begins.
+
+    Args:
+        dataset, objective: of the run; a planner that measures is given the plan's ``rows`` of them, the same for every
+            rank.
+    """
 
     def on_enter(model: nn.Module, phase: PhaseConfig, optimizer: torch.optim.Optimizer) -> None:
         assert phase.on_enter is not None
-        apply_plan(model, phase.on_enter, recipe.seed, optimizer)
+        batches = None if dataset is None else calibration_batches(dataset, objective, phase.on_enter.rows, recipe.seed)
+        apply_plan(model, phase.on_enter, recipe.seed, optimizer, batches)
 
     return on_enter
+
+
+def calibration_batches(
+    dataset: "Dataset", objective: Any, count: int, seed: int, size: int = 8
+) -> list[dict[str, Any]]:
+    """``count`` rows of the training data, drawn by the seed from all sources alike, as arguments of a forward."""
+    draw = np.random.default_rng(seed)
+    sources = list(dataset.sources.values())
+    rows = []
+    for place, source in enumerate(sources):
+        share = (count + len(sources) - 1 - place) // len(sources)
+        rows += [source[int(i)] for i in draw.permutation(len(source))[:share]]
+    batches = [objective.collate(rows[at : at + size], []) for at in range(0, len(rows), size)]
+    names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "token_type_ids")
+    return [{name: batch[name] for name in names if name in batch} for batch in batches]
 
 
 def loss_weights(recipe: Recipe, model: nn.Module) -> dict[str, float]:

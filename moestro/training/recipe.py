@@ -45,11 +45,16 @@ class SwapConfig(Config):
 
 
 class PlanUse(Config):
-    """A plan file, or a planner method that makes one from the model."""
+    """A plan file, or a planner method that makes one from the model.
+
+    Attributes:
+        rows: of the training data, for a phase's planner that measures.
+    """
 
     file: str | None = None
     method: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
+    rows: int = Field(default=64, ge=1)
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -141,7 +141,7 @@ def prepare(
         heldout=_heldout(recipe, tokenizer, objective, dataset),
         group=group,
         dtype=dtype,
-        on_enter=enter_phase(recipe),
+        on_enter=enter_phase(recipe, dataset, objective),
         tokenizer=tokenizer,
     )
     if group.world > 1:  # the model is the same everywhere now; noise must not be

@@ -8,8 +8,10 @@ import torch
 from moestro.core.errors import ConfigError, PlanError, RegistryError
 from moestro.core.plan import ExpertPlan
 from moestro.methods.planning import make_plan
+from moestro.observe import calibrate
 from moestro.observe.neurons import coactivation
 from moestro.testing.tiny import tiny_model
+from tests.surgery.helpers import mixture
 
 
 def batch() -> torch.Tensor:
@@ -25,6 +27,18 @@ def test_statistics_are_measured_when_asked_for() -> None:
     assert plan == make_plan("convert.split", model, config, statistics=given, seed=5)
     assert plan.seed == 5
     assert plan.config["partition"] == "coactivation"
+
+
+def test_what_a_plan_rests_on_stands_in_its_notes() -> None:
+    model = mixture("llama", experts=4)
+    config = {"criterion": "frequency", "keep": 3, "policy": "raised", "raise_to": 3}
+    plan = make_plan("compress.prune_experts", model, config, batches=[batch()])
+    given = calibrate(model, [batch()], policy="raised", raise_to=3)
+    assert plan.notes["calibration"] == given.note()
+    assert plan == make_plan("compress.prune_experts", model, config, statistics={"experts": given})
+    assert sum(plan.notes["calibration"]["layers"][0]["tokens"]) == 3 * 12
+    with pytest.raises(PlanError, match="reap needs the lengths of expert outputs; calibrate with outputs=true"):
+        make_plan("compress.prune_experts", model, {**config, "criterion": "reap"}, statistics={"experts": given})
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,34 @@ def test_a_phase_with_a_plan_survives_a_resume(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], wanted[name]) for name in wanted), cut
 
 
+def test_a_phase_prunes_by_what_its_own_training_rows_say(tmp_path: Path) -> None:
+    """The planner measures on the run's data; a resumed run after the phase began does not measure again."""
+    parts = values(
+        model={"config": LLAMA, "plan": {"method": "convert.upcycle", "config": {"num_experts": 4, "noise": 0.5}}},
+        losses={},
+        phases=[
+            {"name": "train", "steps": 2},
+            {
+                "name": "recover",
+                "on_enter": {
+                    "method": "compress.prune_experts",
+                    "config": {"keep": 3, "policy": "all"},
+                    "rows": 5,
+                },
+            },
+        ],
+        checkpoint={"every": 1, "keep": 9},
+    )
+    train(Recipe.parse(parts), tmp_path / "run", silent=True)
+    model = open_model(tmp_path / "run" / "model")
+    assert {layer.bank.num_experts for layer in mixture_layers(model).values()} == {3}
+    receipt = json.loads((tmp_path / "run" / "model" / "receipt.json").read_text())
+    note = receipt["surgery"][-1]["notes"]["calibration"]
+    assert note["policy"] == "all"
+    assert {tuple(row["tokens"]) for row in note["layers"]} == {(note["tokens"],) * 4}
+    assert 0 < note["tokens"] <= 5 * parts["data"]["sequence_length"]
+
+
 def test_training_from_an_opened_model_lowers_its_loss(ran: Path, tmp_path: Path) -> None:
     texts = moestro_texts()
     again = recipe(

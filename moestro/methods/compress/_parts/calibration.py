@@ -1,0 +1,92 @@
+"""What methods of the stage ask of calibration, and how many experts they leave."""
+
+import math
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from moestro.core.config import Config
+from moestro.core.errors import ConfigError, PlanError
+from moestro.core.inputs import LayerShape
+from moestro.observe.policy import Policy
+from moestro.surgery.choice import Layers
+
+
+def _count_or_share(keep: int | float) -> int | float:
+    if not (keep >= 1 if isinstance(keep, int) else 0 < keep <= 1):
+        raise ValueError("must be a whole number of experts (1 or more) or a share (above 0, at most 1.0)")
+    return keep
+
+
+Keep = Annotated[int | float, AfterValidator(_count_or_share)]
+"""How many experts a layer has afterwards: a whole number, or a share of those it has."""
+
+
+class Calibrated(Config):
+    """Settings that methods of the stage share.
+
+    Attributes:
+        layers: which mixtures. policy, raise_to: whom a calibration token counts for. least: tokens below which an
+            expert is starved. allow_starved: go on with half or more of a layer's experts starved.
+    """
+
+    layers: Layers = "all"
+    policy: Policy = "natural"
+    raise_to: int | None = Field(default=None, ge=1)
+    least: int = Field(default=1, ge=1)
+    allow_starved: bool = False
+
+    @model_validator(mode="after")
+    def _policy_fits(self) -> "Calibrated":
+        if (self.policy == "raised") != (self.raise_to is not None):
+            raise ConfigError(f"policy={self.policy} with raise_to={self.raise_to}; raise_to goes with policy=raised")
+        return self
+
+    def measured(self, **wishes: Any) -> dict[str, dict[str, Any]]:
+        """What ``statistics`` returns: the experts' statistics with these settings and further wishes."""
+        shared = {name: getattr(self, name) for name in ("policy", "raise_to", "least", "allow_starved")}
+        return {"experts": {**shared, **wishes}}
+
+
+def count_of(there: LayerShape, keep: int | float) -> int:
+    """Experts of a layer afterwards; a share is rounded to the nearest whole number, at least 1.
+
+    Raises:
+        PlanError: more than there are.
+    """
+    have = there.num_experts or 0
+    count = keep if isinstance(keep, int) else max(1, round(keep * have))
+    if count > have:
+        raise PlanError(f"layer {there.layer}: keep={keep}, but it has {have} experts; give at most {have}, or a share")
+    return count
+
+
+def refuse_remapped(there: LayerShape) -> None:
+    """Raise PlanError for a layer whose experts were merged under a remapped router: no row is an expert's own."""
+    if there.module is not None and there.module.config.get("remap") is not None:
+        raise PlanError(
+            f"layer {there.layer} holds merged experts under a remapped router, which has no row for each expert; "
+            "start from the model before merging, or merge with router=mean or router=rows"
+        )
+
+
+def groups_of(there: LayerShape) -> int:
+    """Groups of equal size that a layer's router chooses among first; 1 where it has none."""
+    found: int = _router(there).get("num_groups", 1)
+    return found
+
+
+def least_of(there: LayerShape) -> int:
+    """Fewest experts that a layer's router can choose among: the groups it keeps must hold as many as it chooses."""
+    groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
+    if groups == 1:
+        return there.top_k or 1
+    least: int = groups * math.ceil((there.top_k or 1) / kept)
+    return least
+
+
+def _router(there: LayerShape) -> dict[str, Any]:
+    """The settings of a layer's router."""
+    module = {} if there.module is None else there.module.config
+    found: dict[str, Any] = module.get("router", {}).get("config", {})
+    return found

@@ -1,0 +1,252 @@
+"""Expert pruning: leave out the experts that matter least on calibration data, with their router rows.
+
+What is left routes by a softmax (or sigmoid) over the rows that are left. An expert e of a layer scores, over the
+tokens t in T_e that are routed to it, with weight w_te, gate g_te before renormalisation, output f_e(x_t):
+
+    random           a random number
+    frequency        |T_e|                                       (utilisation)
+    router_weight    sum_t g_te
+    output_norm      mean_t |f_e(x_t)|
+    reap             mean_t w_te |f_e(x_t)|
+    reconstruction   greedy: the expert goes whose removal, with those already gone, changes the block's output least,
+                     sum_t |y_t - y'_t|^2 on a sample of tokens; y' is what the router makes of the experts left
+
+``keep`` is a number or share for every layer, or with ``budget="global"`` on average: each layer keeps at least
+``floor`` experts, the rest of the budget goes to the best scores of all layers. Scores are compared as they are or as
+parts of their layer's sum (``compare``; errors of the reconstruction always as parts of the block's squared output).
+
+Sources: Z-code M3 (2109.10465: random and by utilisation); REAP (2510.13999, router-weighted activation); NAEE
+(2402.14800, section 3.1: least reconstruction loss, here greedy instead of over all subsets).
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from moestro.core.card import MethodCard
+from moestro.core.errors import ConfigError, PlanError
+from moestro.core.inputs import LayerShape, PlanInputs
+from moestro.core.plan import ExpertPlan
+from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, groups_of, least_of, refuse_remapped
+from moestro.observe.sample import BlockSample
+from moestro.observe.statistics import LayerStats
+from moestro.surgery.choice import choose
+from moestro.surgery.experts import generator
+from moestro.surgery.plans import prune
+
+
+Criterion = Literal["random", "frequency", "router_weight", "output_norm", "reap", "reconstruction"]
+
+
+class Config(Calibrated):
+    """Settings.
+
+    Attributes:
+        layers: which mixtures: all, first:N, last:N, every:N or a list.
+        criterion: who goes first, see the top of the file; utilisation is frequency.
+        keep: experts a layer has afterwards: a whole number, or a share such as 0.75 of those it has.
+        budget: keep in every layer, or on average over the chosen layers.
+        floor: least experts of a layer under budget=global; None means as many as a token chooses.
+        compare: scores of several layers: as parts of their layer's sum, or as they are.
+        sample: tokens that reconstruction looks at.
+        policy, raise_to: whom a calibration token counts for: natural, raised (to raise_to experts) or all.
+        least: tokens below which an expert is starved. allow_starved: go on with half or more of them starved.
+    """
+
+    criterion: Criterion = "reap"
+    keep: Keep = 0.75
+    budget: Literal["layer", "global"] = "layer"
+    floor: int | None = Field(default=None, ge=1)
+    compare: Literal["share", "raw"] = "share"
+    sample: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.floor is not None and self.budget == "layer":
+            raise ConfigError(
+                f"floor={self.floor} with budget=layer, where every layer keeps {self.keep}; leave it out"
+            )
+        return self
+
+
+def statistics(config: Config) -> dict[str, dict[str, object]]:
+    """What is measured on data; nothing for a random choice."""
+    if config.criterion == "random":
+        return {}
+    sample = config.sample if config.criterion == "reconstruction" else 0
+    return config.measured(outputs=config.criterion in ("output_norm", "reap"), sample=sample)
+
+
+def scores(stats: LayerStats, criterion: Criterion) -> Tensor:
+    """Score of each expert, float64 [E], higher is better; 0 for one that no token counted for.
+
+    Raises:
+        PlanError: the statistics were collected without what the criterion needs.
+    """
+    part = {
+        "frequency": stats.count_E.double(),
+        "router_weight": stats.gate.total,
+        "output_norm": None if stats.output_norm is None else stats.output_norm.mean,
+        "reap": None if stats.gated_norm is None else stats.gated_norm.mean,
+    }[criterion]
+    if part is None:
+        raise PlanError(f"{criterion} needs the lengths of expert outputs; calibrate with outputs=true")
+    return part
+
+
+def reconstruction(sample: BlockSample | None, least: int) -> Tensor:
+    """Score of each expert, float64 [E]: the error when it goes, as a part of the block's squared output.
+
+    Errors of later steps count at least as much as those of earlier ones, so that the lowest scores are always a set
+    that the greedy choice went through. The last ``least`` experts score infinity.
+
+    Raises:
+        PlanError: no sample, or a router that cannot choose again.
+    """
+    if sample is None or not len(sample.weight_TE):
+        raise PlanError("reconstruction needs sampled tokens; calibrate with sample=512")
+    experts = sample.weight_TE.shape[1]
+    energy = float(torch.einsum("te,tef,tf->", sample.weight_TE, sample.gram_TEE, sample.weight_TE))
+    found_E = torch.full((experts,), torch.inf, dtype=torch.float64)
+    kept_E = torch.ones(experts, dtype=torch.bool)
+    before = torch.tensor(-1.0, dtype=torch.float64)
+    for _ in range(experts - least):
+        errors = {}
+        for expert in kept_E.nonzero().squeeze(1).tolist():
+            kept_E[expert] = False
+            errors[expert] = sample.error_of(kept_E) / max(energy, 1e-30)
+            kept_E[expert] = True
+        gone = min(errors, key=lambda expert: (errors[expert], -expert))
+        kept_E[gone] = False
+        error = torch.tensor(errors[gone], dtype=torch.float64)
+        before = torch.maximum(error, torch.nextafter(before, torch.tensor(torch.inf, dtype=torch.float64)))
+        found_E[gone] = before
+    return found_E
+
+
+def best(score_E: Tensor, count: int, groups: int = 1) -> list[int]:
+    """The ``count`` best experts in ascending order, as many of each group of neighbours; ties go to the lower id."""
+    by_group = score_E.view(groups, -1)
+    order = torch.sort(by_group, dim=1, descending=True, stable=True).indices[:, : count // groups]
+    first = torch.arange(groups)[:, None] * by_group.shape[1]
+    return sorted((order + first).flatten().tolist())
+
+
+def global_counts(
+    scores_by_layer: dict[int, Tensor], total: int, floors: dict[int, int], share: bool
+) -> dict[int, int]:
+    """How many experts each layer keeps: its floor, then the best scores of all layers until ``total`` are kept.
+
+    Raises:
+        PlanError: the floors alone are more than ``total``.
+    """
+    if sum(floors.values()) > total:
+        raise PlanError(
+            f"{total} experts in {len(floors)} layers, but the floors ({sorted(set(floors.values()))} a layer) already "
+            f"take {sum(floors.values())}; keep more"
+        )
+    rest = []
+    for layer, score_E in scores_by_layer.items():
+        ranked = torch.sort(score_E, descending=True, stable=True).values
+        whole = float(score_E.sum()) if share else 1.0
+        for place, score in enumerate(ranked.tolist()[floors[layer] :]):
+            rest.append((-(score / whole if whole > 0 else 0.0), place, layer))
+    counts = dict(floors)
+    for _, _, layer in sorted(rest)[: total - sum(floors.values())]:
+        counts[layer] += 1
+    return counts
+
+
+def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config) -> dict[int, int]:
+    """Experts of each layer afterwards.
+
+    Raises:
+        PlanError: fewer than a token chooses, or not as many in each of a router's groups.
+    """
+    counts = {there.layer: count_of(there, config.keep) for there in layers}
+    floors = {there.layer: max(config.floor or 1, least_of(there)) for there in layers}
+    for there in layers:
+        count, groups = counts[there.layer], groups_of(there)
+        if config.budget == "global" and groups > 1:
+            raise PlanError(f"layer {there.layer}: its router has {groups} groups of equal size; use budget=layer")
+        if config.floor is not None and config.floor < least_of(there):
+            raise PlanError(
+                f"floor={config.floor}, but layer {there.layer} needs {least_of(there)}, since each token chooses "
+                f"{there.top_k}"
+            )
+        if count < least_of(there):
+            raise PlanError(
+                f"layer {there.layer}: keep={config.keep} leaves {count} of {there.num_experts} experts, but each "
+                f"token chooses {there.top_k}; keep at least {least_of(there)}"
+            )
+        if count % groups:
+            fit = [near for near in (count - count % groups, count - count % groups + groups) if near]
+            raise PlanError(
+                f"layer {there.layer}: {count} experts cannot be {groups} groups of equal size; keep "
+                f"{' or '.join(map(str, fit))}"
+            )
+    if config.budget == "layer":
+        return counts
+    have = {there.layer: there.num_experts or 0 for there in layers}
+    floors = {layer: min(floor, have[layer]) for layer, floor in floors.items()}
+    return global_counts(
+        found, sum(counts.values()), floors, config.compare == "share" and config.criterion != "reconstruction"
+    )
+
+
+def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
+    """Which experts of each chosen layer stay.
+
+    Raises:
+        PlanError: no mixtures, fewer experts than a token chooses, statistics that were not measured.
+    """
+    layers = choose(inputs.shape, config.layers, dense=False)
+    found: dict[int, Tensor] = {}
+    for there in layers:
+        refuse_remapped(there)
+        if config.criterion == "random":
+            draw = generator(inputs.seed, there.layer, "prune")
+            found[there.layer] = torch.rand(there.num_experts or 0, generator=draw, dtype=torch.float64)
+            continue
+        stats: LayerStats = inputs.statistic("experts", there.layer)
+        if config.criterion == "reconstruction":
+            found[there.layer] = reconstruction(stats.sample, least_of(there))
+        else:
+            found[there.layer] = scores(stats, config.criterion)
+    counts = counts_of(layers, found, config)
+    kept = {there.layer: best(found[there.layer], counts[there.layer], groups_of(there)) for there in layers}
+    gone = sum((there.num_experts or 0) - counts[there.layer] for there in layers)
+    listed = {
+        layer: [value if value < torch.inf else None for value in score_E.tolist()] for layer, score_E in found.items()
+    }
+    return prune(
+        inputs.shape,
+        kept,
+        method="compress.prune_experts",
+        config=config.model_dump(mode="json"),
+        seed=inputs.seed,
+        model_hash=inputs.subject.fingerprint(),
+        notes={
+            "keeps": "nothing" if gone else "as_routed",
+            "removed": gone,
+            "kept": {str(layer): experts for layer, experts in kept.items()},
+            "scores": {str(layer): values for layer, values in listed.items()},
+        },
+    )
+
+
+CARD = MethodCard(
+    title="Scalable and Efficient MoE Training for Multitask Multilingual Models",
+    year=2021,
+    arxiv="2109.10465",
+    paper="zcode-m3",
+    summary="Leave out the experts that matter least on calibration data, per layer or by one budget for all.",
+    taxonomy="inference/model/compression/expert-pruning",
+    needs=("model",),
+    deviations=(
+        "utilisation is counted over all data, not by language; calibrate on one language's texts for that",
+        "reconstruction removes experts greedily instead of trying all subsets",
+    ),
+)
