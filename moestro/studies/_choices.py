@@ -68,7 +68,8 @@ class Answers(Edit):
         logits_TC = ctx.get(site, "auxiliary")
         open_TC = logits_TC > float("-inf")
         chosen_TC = chosen(routing)[open_TC]
-        said_TC = (logits_TC > router.auxiliary.threshold)[open_TC]
+        auxiliary: Any = router.get_submodule("auxiliary")
+        said_TC = (logits_TC > auxiliary.threshold)[open_TC]
         kinds = (open_TC[open_TC], chosen_TC, said_TC, chosen_TC & said_TC, ~(chosen_TC | said_TC))
         self.counts += torch.stack([kind.sum() for kind in kinds])
         return routing

@@ -224,7 +224,7 @@ def outcome(arm: str, seed: int, name: str) -> Mapping[str, float]:
     goals = {arch: alone(arch, seed, name)[1] for arch in archs}
     found: dict[str, float] = {}
     if arm == "separate":
-        losses = {}
+        losses: dict[Any, float] = {}
         for layers in (size.layers - 1, size.layers):
             config = settings(size, SETUPS["plain"], [layers])
             model = supernet(size, SETUPS["plain"], seed, name, [layers])

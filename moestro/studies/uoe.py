@@ -21,7 +21,7 @@ from moestro.core.cost import RowCounter, Work, cost, cost_inside
 from moestro.core.layer import mixture_layers
 from moestro.core.registry import method
 from moestro.core.session import session
-from moestro.core.site import Shared, Site
+from moestro.core.site import Shared, Site, SiteKind
 from moestro.studies._framework import Arm, Beats, Budget, Claim, Matches, Study, Within
 from moestro.studies._language import Scale, Text, heldout, text, train
 from moestro.training.size import size_of
@@ -50,8 +50,9 @@ def exchange(arm: str, blocks: nn.ModuleList, names: tuple[str, str], form: Mapp
     """
     union, moe = method("train.uoe"), method("train.moe")
     experts = moe.configure({**form, "num_experts": 2, "router": {"method": "train.switch"}, "losses": LOSSES})
+    kinds: tuple[SiteKind, ...] = ("attention", "mlp")
     for number, block in enumerate(blocks):
-        for kind, name in zip(("attention", "mlp"), names, strict=True):
+        for kind, name in zip(kinds, names, strict=True):
             site = Site(path=f"{number}.{name}", kind=kind, module=block.get_submodule(name), layer=number, **about)
             if arm in UNIONS:
                 config = union.configure(union_config(arm, encoder="family" not in about))
@@ -206,7 +207,7 @@ def fit(model: Encoder, size: Digits, order: np.ndarray, seed: int) -> None:
             for ctx in opened.take():
                 loss = loss + BALANCE * sum(term.total for term in ctx.losses.values())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
@@ -236,7 +237,8 @@ def digits(arm: str, seed: int, size: Digits) -> dict[str, float]:
 
 def gates(model: nn.Module) -> Tensor:
     """A copy of all gates [layers, n D]."""
-    return torch.stack([layer.router.weight.detach().flatten() for layer in mixture_layers(model).values()])
+    routers = [layer.router for layer in mixture_layers(model).values()]
+    return torch.stack([router.get_parameter("weight").detach().flatten() for router in routers])
 
 
 @torch.no_grad()
