@@ -10,7 +10,7 @@ from moestro import ops
 from moestro.cli import main
 from moestro.core.errors import ConfigError
 from moestro.testing.bench import harness, train_layer, train_model
-from moestro.testing.bench.harness import Row, interleave, ratio_spread, time_rows
+from moestro.testing.bench.harness import Row, interleave, paired_ratio, time_rows
 
 
 TINY_LAYER = train_layer.Shape(hidden=16, experts=4, inner=8, top_k=2)
@@ -31,10 +31,10 @@ def test_arms_take_turns_in_rotating_order():
 
 def test_a_ratio_over_one_means_ours_is_better():
     rows = time_rows("case", "forward", {"ours": [1.0, 2.0, 3.0], "peer": [4.0, 8.0, 6.0]})
-    assert rows == [Row("case", "forward", "ms", 2000.0, "peer", 6000.0, 3.0, rows[0].spread)]
+    assert rows == [Row("case", "forward", "ms", 2000.0, "peer", 6000.0, 4.0, rows[0].spread)]
     # round by round 4, 4 and 2: quartiles 3 and 4, median 4
     assert rows[0].spread == pytest.approx((4 - 3) / 4)
-    assert ratio_spread([1.0], [2.0]) == 0.0
+    assert paired_ratio([1.0], [2.0]) == (0.5, 0.0)
 
 
 @pytest.mark.parametrize("router", [False, True])
