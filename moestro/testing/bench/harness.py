@@ -97,7 +97,7 @@ def names() -> list[str]:
     from moestro.testing import bench
 
     found = [module.name.replace("_", "-") for module in pkgutil.iter_modules(bench.__path__)]
-    return sorted(name for name in found if name != "harness" and not name.startswith("_"))
+    return sorted(name for name in found if name != "harness" and not name.startswith("-"))  # private modules
 
 
 def run(name: str, rounds: int) -> dict[str, Any]:
