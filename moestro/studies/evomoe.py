@@ -51,8 +51,7 @@ BALANCE = {"balance": {"method": "train.balance_loss"}}
 def tau_at(progress: float) -> float:
     """The gate's temperature."""
     gate = method("train.evomoe")
-    tau: float = gate.module.temperature(progress, gate.configure(GATE_CONFIG))
-    return tau
+    return gate.module.temperature(progress, gate.configure(GATE_CONFIG))
 
 
 class Widen(Edit):
