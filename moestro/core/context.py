@@ -196,7 +196,13 @@ class RoutingContext:
         if callable(value):
             if self.tokens.ids_T is None:
                 raise ContextError(f"tag {name!r} is a function of token ids, but the model was given embeddings")
-            value = value(self.tokens.ids_T)
+            found = _tag_ids(name, value(self.tokens.ids_T), vocabulary)
+            if found.shape != self.tokens.ids_T.shape:
+                raise ContextError(
+                    f"tag {name!r}: its function was given {self.tokens.count} token ids and must return as many "
+                    f"values, not a shape of {list(found.shape)}"
+                )
+            return found.to(self.tokens.ids_T.device)
         return self.tokens.spread(_tag_ids(name, value, vocabulary))
 
 

@@ -101,6 +101,7 @@ def matrices(module: nn.Module) -> list[nn.Parameter]:
 @dataclass
 class RowCounter:
     """Recorder: how many rows the experts of each site computed. Padding that was routed counts, it is computed too.
+    Where depth routing lets some tokens through, the rows are those of a token that came, not of what fills rows up.
 
     Attributes:
         counts: site -> assignments of each real expert, [E] on the CPU. tokens: site -> tokens that came by.
@@ -112,7 +113,9 @@ class RowCounter:
     def record(self, site: str, routing: Routing, ctx: "RoutingContext") -> None:
         """Take one layer's routing."""
         counts_E = torch.bincount(routing.real().expert_N, minlength=routing.num_experts).double().cpu()
-        self.add(RowCounter({site: counts_E}, {site: routing.num_tokens}))
+        tokens = ctx.tokens
+        came = routing.num_tokens if tokens is None or tokens.whole else int(tokens.valid_T.sum())
+        self.add(RowCounter({site: counts_E}, {site: came}))
 
     def add(self, other: "RowCounter") -> None:
         """Add what another counter saw."""

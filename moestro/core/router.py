@@ -22,7 +22,8 @@ class Router(nn.Module, ABC):
         num_experts: E. num_null: null experts after them. top_k: K, or None when the count varies by token.
         causal: False when a choice reads later tokens or the whole batch; known before anything runs.
         choice_rows: names of the tensors whose first axis runs over the C choices. Whoever removes, copies or reorders
-            experts moves their rows along. choice_ids: names of the tensors that hold choice ids.
+            experts moves their rows along; ``part.name`` is a tensor of a part. choice_ids: names of the tensors that
+            hold choice ids.
     """
 
     causal: bool = True
@@ -43,6 +44,13 @@ class Router(nn.Module, ABC):
     def num_choices(self) -> int:
         """C: real and null experts."""
         return self.num_experts + self.num_null
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor of this name, as ``choice_rows`` gives it; None where there is none."""
+        found: object = self
+        for step in name.split("."):
+            found = getattr(found, step, None)
+        return found if isinstance(found, Tensor) else None
 
     @abstractmethod
     def score(self, x_TD: Tensor, bank: "Bank", ctx: "RoutingContext") -> Scores:

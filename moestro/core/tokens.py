@@ -56,7 +56,10 @@ class Tokens:
         if value.ndim == 1:
             return value[row_T]
         if not self.whole:
-            raise ContextError("a tag per token cannot be read inside ctx.subset; read it before opening the subset")
+            raise ContextError(
+                "a tag per token cannot be read where only some tokens come by (depth routing); tag rows, or give a "
+                "function of token ids"
+            )
         if value.shape[1] < self.cached + self.width:
             raise ContextError(
                 f"a tag has {value.shape[1]} positions but the forward reaches position {self.cached + self.width}; "

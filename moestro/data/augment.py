@@ -1,6 +1,6 @@
-"""Easy data augmentation of questions: words of the context are exchanged, the answer stays and is found again.
+"""Augmentation of questions: words or sentences of the context are exchanged, answers stay and keep their places.
 
-Operations on a context of n words, outside all right answers (EDA, 1901.11196, section 2):
+``eda``, operations on a context of n words, outside all right answers (EDA, 1901.11196, section 2):
 
     replace   max(1, floor(sr n)) words by a synonym each        insert   as many synonyms of words, after any word
     swap      max(1, floor(rs n)) times two words                delete   every word with probability rd
@@ -8,11 +8,15 @@ Operations on a context of n words, outside all right answers (EDA, 1901.11196, 
 A share of 0 turns its operation off. A copy is made by one operation, the copies take turns. Case, punctuation and
 spaces stay as they are, so that new text looks like old text, and the places of answers are carried along, not searched
 for. Where synonyms come from is the caller's choice: any function from a word to words.
+
+``back_translate`` sends the sentences of a context that touch no answer to another language and back, in chunks; the
+translator is any function from a text to a text.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +38,8 @@ then there here with without from into onto over under between during after befo
 against through all any both each few more most other some such only own same too very just one two
 """
 FUNCTION_WORDS = frozenset(_FUNCTION.split())
-WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)?")
+WORD = re.compile(r"\b[^\W\d_]+(?:['’][^\W\d_]+)?\b")  # not the letters of int32 or of a name_with_parts
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,10 @@ class Augmented:
 
 @dataclass
 class Piece:
-    """A stretch of a context. ``word`` pieces may change; text between words and answers may not."""
+    """A stretch of a context. ``free`` ones, words or sentences, may change; answers and what is in between may not."""
 
     text: str
-    word: bool = False
+    free: bool = False
 
 
 def pieces_of(one: Question) -> tuple[list[Piece], list[int]]:
@@ -136,13 +141,73 @@ def eda(questions: Sequence[Question], settings: Eda, synonyms: Synonyms, rng: n
     return found
 
 
+def back_translate(questions: Sequence[Question], translate: Callable[[str], str], *, chunk: int = 100) -> Augmented:
+    """One copy of every question with the sentences of its context that touch no answer translated there and back.
+
+    Args:
+        translate: text to text, there and back; called with chunks without white space around them. chunk: bytes of a
+            chunk in UTF-8 at most; a longer sentence is cut between words, a longer word not at all.
+
+    Raises:
+        ConfigError: a chunk below 1 byte.
+    """
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} bytes; at least 1")
+    found = Augmented()
+    for place, one in enumerate(questions):
+        if one.misplaced():
+            found.lost += 1
+            continue
+        pieces, begins = sentences_of(one)
+        for piece in pieces:
+            if piece.free:
+                piece.text = _translated(piece.text, translate, chunk)
+        new = joined(one, pieces, begins)
+        if new.context == one.context:
+            found.unchanged += 1
+        else:
+            found.questions.append(new)
+            found.sources.append(place)
+    return found
+
+
+def sentences_of(one: Question) -> tuple[list[Piece], list[int]]:
+    """As ``pieces_of``, with stretches of sentences that touch no answer in the place of words."""
+    spans = [(at, at + len(text)) for at, text in one.answers]
+    ends = [0, *(match.end() for match in SENTENCE_END.finditer(one.context)), len(one.context)]
+    touched = [(a, b) for a, b in pairwise(ends) if any(a < stop and b > start for start, stop in spans)]
+    edges = sorted({0, len(one.context), *(edge for part in (*touched, *spans) for edge in part)})
+    pieces = [
+        Piece(one.context[a:b], not any(start <= a and b <= stop for start, stop in touched))
+        for a, b in pairwise(edges)
+    ]
+    place = {edge: index for index, edge in enumerate(edges)}
+    return pieces, [place[start] for start, _ in spans]
+
+
+def _translated(text: str, translate: Callable[[str], str], chunk: int) -> str:
+    """A stretch of sentences through ``translate`` in chunks, white space at its ends as it was."""
+    middle = text.strip()
+    if not middle:
+        return text
+    parts: list[str] = []
+    for sentence in SENTENCE_END.split(middle):
+        for part in [sentence] if len(sentence.encode()) <= chunk else sentence.split():
+            if parts and len(f"{parts[-1]} {part}".encode()) <= chunk:
+                parts[-1] += f" {part}"
+            else:
+                parts.append(part)
+    start = text.index(middle)
+    return text[:start] + " ".join(map(translate, parts)) + text[start + len(middle) :]
+
+
 def _count(pieces: Sequence[Piece], share: float) -> int:
-    return max(1, int(share * sum(piece.word for piece in pieces)))
+    return max(1, int(Fraction(str(share)) * sum(piece.free for piece in pieces)))
 
 
 def _words(pieces: Sequence[Piece], rng: np.random.Generator) -> list[Piece]:
     """The words in random order."""
-    words = [piece for piece in pieces if piece.word]
+    words = [piece for piece in pieces if piece.free]
     return [words[int(index)] for index in rng.permutation(len(words))]
 
 
@@ -165,7 +230,7 @@ def _insert(pieces: list[Piece], share: float, synonyms: Synonyms, rng: np.rando
 
 
 def _swap(pieces: list[Piece], share: float, synonyms: Synonyms, rng: np.random.Generator) -> None:
-    words = [piece for piece in pieces if piece.word]
+    words = [piece for piece in pieces if piece.free]
     for _ in range(_count(pieces, share) if len(words) > 1 else 0):
         one, two = (words[int(index)] for index in rng.choice(len(words), size=2, replace=False))
         one.text, two.text = two.text, one.text
@@ -173,7 +238,7 @@ def _swap(pieces: list[Piece], share: float, synonyms: Synonyms, rng: np.random.
 
 def _delete(pieces: list[Piece], share: float, synonyms: Synonyms, rng: np.random.Generator) -> None:
     for piece in pieces:
-        if piece.word and rng.random() < share:
+        if piece.free and rng.random() < share:
             piece.text = ""
 
 

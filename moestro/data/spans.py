@@ -107,10 +107,14 @@ def windows(
         length: tokens of a window at most. stride: tokens of context that neighbours share.
 
     Raises:
-        ConfigError: the tokenizer has no [CLS] or tells no offsets.
+        ConfigError: the tokenizer has no [CLS], puts it elsewhere than first or tells no offsets, or a negative stride.
     """
     if tokenizer.cls_token_id is None or not tokenizer.is_fast:
         raise ConfigError("questions need a tokenizer with a [CLS] token that tells offsets, such as BERT's")
+    if tokenizer("a", verbose=False)["input_ids"][:1] != [tokenizer.cls_token_id]:
+        raise ConfigError("questions need a tokenizer that puts [CLS] first: place 0 stands for no answer")
+    if stride < 0:
+        raise ConfigError(f"stride={stride}: windows share at least 0 tokens")
     found: list[Window] = []
     skipped = 0
     extra = tokenizer.num_special_tokens_to_add(pair=True)
@@ -157,8 +161,11 @@ def _window(cut: Any, row: int, place: int, one: Question) -> Window | None:
 
 
 def label(offsets: Sequence[tuple[int, int]], answer: tuple[int, str]) -> tuple[int | None, int | None]:
-    """First and last token that an answer touches; (None, None) unless these tokens hold all of it."""
-    begin, stop = answer[0], answer[0] + len(answer[1])
+    """First and last token that an answer touches; (None, None) unless these tokens hold all of it. White space at its
+    ends, which no token covers, does not count.
+    """
+    at, text = answer
+    begin, stop = at + len(text) - len(text.lstrip()), at + len(text.rstrip())
     touched = [index for index, (a, b) in enumerate(offsets) if a < stop and b > begin]
     if not touched or offsets[touched[0]][0] > begin or offsets[touched[-1]][1] < stop:
         return None, None

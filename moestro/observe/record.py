@@ -32,7 +32,7 @@ def pieces(tokenizer: Any, sources: Mapping[str, Sequence[str]], *, length: int,
     Raises:
         DataError: a source without a token.
     """
-    found = []
+    found: list[Piece] = []
     for label, documents in sources.items():
         room = limit
         before = len(found)

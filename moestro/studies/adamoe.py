@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro.core.context import RoutingContext
+from moestro.core.forward import logits_of
 from moestro.core.layer import mixture_layers
 from moestro.core.router import Router
 from moestro.core.routing import Routing
@@ -29,7 +30,6 @@ from moestro.models.swap import swap
 from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, NotWorse, Study, Within
 from moestro.studies._language import Scale, Text, batches, llama, train
 from moestro.training.objectives import Batch, Causal
-from moestro.training.objectives import run as logits_of
 from moestro.training.optimizer import make_optimizer, set_lr
 from moestro.training.recipe import OptimizerConfig
 from moestro.training.schedule import ScheduleConfig

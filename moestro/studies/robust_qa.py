@@ -3,27 +3,28 @@ augmentation?
 
 A pretrained encoder learns cloze questions (``_cloze.py``) of three domains with many examples and three with few, then
 of the three alone with its experts frozen. Every arm takes the same steps over the same questions. The mixture before
-the head is held against one feed-forward of its active width, each with and without augmented copies of the few.
+the head is held against one feed-forward of its active width, each with and without augmented copies of the few; with
+them, against one of all its experts' width and two dense encoders that answer together as well.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moestro.core.context import RoutingContext
 from moestro.core.errors import ConfigError
-from moestro.core.routing import Routing
+from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.data.augment import Eda, Neighbours, eda
 from moestro.data.dataset import span_example
 from moestro.data.spans import Question, Window, windows
 from moestro.models.swap import swap
-from moestro.studies._cloze import DOMAINS, SOURCE, TARGET, halves, open_encoder, split, word_tokenizer
+from moestro.studies._cloze import DOMAINS, SOURCE, TARGET, Together, halves, open_encoder, split, word_tokenizer
+from moestro.studies._domains import FirstExperts, normalised_information
 from moestro.studies._framework import Arm, Beats, Budget, Claim, Study, Within
 from moestro.training.objectives import Batch, Span
 from moestro.training.optimizer import make_optimizer, set_lr
@@ -35,6 +36,7 @@ from moestro.training.step import Stepper
 
 
 AUX = {"balance": 0.01}
+UNTRAINED = "moe_untrained"  # an arm
 NEW = ["qa_outputs.*", "*.top.*"]  # parameters that start anew learn faster
 SECOND = PhaseConfig(name="target", freeze=["*.bank.*"])
 
@@ -60,8 +62,8 @@ class Scale:
     target: int = 60
     test: int = 70
     copies: tuple[int, int] = (4, 8)
-    first: int = 50
-    second: int = 18
+    first: int = 44
+    second: int = 16
     lr: float = 3e-4
     limit: int | None = None
 
@@ -107,30 +109,25 @@ def encoder(seed: int, size: Scale) -> Encoder:
     return Encoder(make_model(values, "span", len(tokenizer)), tokenizer)
 
 
-def build(arm: str, size: Scale, seed: int) -> Any:
-    """The upper half with what the arm puts there."""
+def build(arm: str, size: Scale, seed: int, member: int = 0) -> Any:
+    """The upper half with what the arm puts there; a later ``member`` of several has a span head of its own."""
     _, model = halves(encoder(seed, size).model, size.frozen)
-    torch.manual_seed(seed)
+    torch.manual_seed(1000 * member + seed)
+    if member:
+        nn.init.normal_(model.qa_outputs.weight, std=model.config.initializer_range)
     last = len(model.bert.encoder.layer) - 1
     head = {"placement": "head", "num_experts": size.experts, "expert_size": size.size}
     if arm.startswith("moe"):
         swap(model, "train.switch_encoder", head, kind="block", layers=[last])
-    if arm.startswith("dense_ffn"):
-        active = head_active(model, size)
-        dense = {**head, "num_experts": 1, "expert_size": active, "capacity_factor": None, "eval_capacity_factor": None}
+    if arm.startswith(("dense_ffn", "dense_wide")):
+        mixture: Any = method("train.switch_encoder").configure(head)
+        inner = size.size * (size.experts if arm.startswith("dense_wide") else mixture.top_k)
+        dense = {**head, "num_experts": 1, "expert_size": inner, "capacity_factor": None, "eval_capacity_factor": None}
         swap(model, "train.switch_encoder", dense, kind="block", layers=[last])
     if arm.startswith("switch"):
         config = {"placement": "replace", "num_experts": size.experts}
         swap(model, "train.switch_encoder", config, kind="block", layers=list(range(min(2, last + 1))))
     return model
-
-
-def head_active(model: Any, size: Scale) -> int:
-    """Inner units that a token uses in the mixture before the head."""
-    from moestro.core.registry import method
-
-    config: Any = method("train.switch_encoder").configure({"placement": "head", "num_experts": size.experts})
-    return int(config.top_k) * size.size
 
 
 # -- questions ---------------------------------------------------------------------------------------------------
@@ -203,8 +200,8 @@ def collate(group: Sequence[Window], seed: int, size: Scale) -> Batch:
 # -- training and measuring --------------------------------------------------------------------------------------
 
 
-def fit(model: Any, data: Data, size: Scale, seed: int) -> None:
-    """Both phases in place; experts stand still in the second."""
+def fit(model: Any, data: Data, size: Scale, seed: int, member: int = 0) -> None:
+    """Both phases in place; experts stand still in the second. A later ``member`` has an order of its own."""
     optimizer = make_optimizer(
         model,
         OptimizerConfig.parse({"lr": size.lr, "weight_decay": 0.01, "groups": [{"match": NEW, "lr": 3 * size.lr}]}),
@@ -214,13 +211,13 @@ def fit(model: Any, data: Data, size: Scale, seed: int) -> None:
     schedule = ScheduleConfig(kind="cosine", warmup=max(1, total // 10))
     has_experts = any(".bank." in name for name, _ in model.named_parameters())
     routed = any(module.router.num_experts > 1 for module in model.modules() if hasattr(module, "router"))
-    torch.manual_seed(seed)
+    torch.manual_seed(1000 * member + seed)
     model.train()
     step = 0
     for pool, steps in ((data.first, size.first), (data.second, size.second)):
         if step and has_experts:
             freeze(model, SECOND)
-        order = np.random.default_rng([seed, step]).permutation(len(pool))
+        order = np.random.default_rng([seed, step, member]).permutation(len(pool))
         for place in range(steps):
             group = [pool[order[(place * size.batch + row) % len(order)]] for row in range(size.batch)]
             set_lr(optimizer, schedule.factor(step, total))
@@ -229,29 +226,10 @@ def fit(model: Any, data: Data, size: Scale, seed: int) -> None:
             step += 1
 
 
-@dataclass
-class FirstExperts:
-    """A recorder of the first expert of every real token, by domain and mixture of several experts.
-
-    Attributes:
-        domain: of the tokens to come. counts: site -> tokens of a domain that an expert was first for, [domain, E].
-    """
-
-    domain: int = 0
-    counts: dict[str, Tensor] = field(default_factory=dict)
-
-    def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
-        """See Recorder."""
-        if routing.num_experts > 1 and routing.scores is not None and ctx.tokens is not None:
-            first_T = routing.scores.select_TC.argmax(-1)[ctx.tokens.valid_T]
-            empty = torch.zeros(len(DOMAINS), routing.num_experts)
-            self.counts.setdefault(site, empty)[self.domain] += torch.bincount(first_T, minlength=routing.num_experts)
-
-
 def measure(model: Any, seed: int, size: Scale) -> dict[str, float]:
     """F1 and exact match of each domain's test questions, in percent, and how experts and domains hang together."""
     found: dict[str, dict[str, float]] = {}
-    experts = FirstExperts()
+    experts = FirstExperts(len(DOMAINS))
     for number, domain in enumerate(DOMAINS):
         questions = parts(domain, seed, size).test
         cut, _ = windows(encoder(seed, size).tokenizer, questions, size.length, size.length // 4)
@@ -270,33 +248,44 @@ def measure(model: Any, seed: int, size: Scale) -> dict[str, float]:
     return {**means, **each, **({"expert_domain_nmi": float(np.mean(shared))} if shared else {})}
 
 
-def normalised_information(count: np.ndarray) -> float:
-    """2 I(row, column) / (H(row) + H(column)) of a table of counts; 0 where a side has no entropy."""
-    joint = count / count.sum()
-    rows, columns = joint.sum(1), joint.sum(0)
+def trained(arm: str, data: Data, size: Scale, seed: int, member: int = 0) -> Any:
+    """A model after both phases."""
+    model = build(arm, size, seed, member)
+    fit(model, data, size, seed, member)
+    return model
 
-    def entropy(p: np.ndarray) -> float:
-        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
 
-    if min(entropy(rows), entropy(columns)) <= 0:
-        return 0.0
-    return 2 * (entropy(rows) + entropy(columns) - entropy(joint)) / (entropy(rows) + entropy(columns))
+@functools.lru_cache(maxsize=1)
+def plain(size: Scale, seed: int) -> Any:
+    """The dense encoder with augmentation, which two arms ask for."""
+    return trained("dense_eda", data_of(seed, size, True), size, seed)
 
 
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
-    """Train one arm in two phases and measure it."""
+    """Train one arm in two phases, unless it is there untrained, and measure it."""
     size = scale(budget)
     data = data_of(seed, size, arm.endswith("_eda"))
     if not data.second:
         raise ConfigError(f"no question of {', '.join(TARGET)} fits {size.length} tokens")
-    model = build(arm, size, seed)
-    fit(model, data, size, seed)
-    return {**measure(model, seed, size), "lost": float(data.lost), "unchanged": float(data.unchanged)}
+    if arm == UNTRAINED:
+        model = build(arm, size, seed)
+    elif arm == "dense_eda":
+        model = plain(size, seed)
+    elif arm == "dense_two_eda":
+        model = Together([plain(size, seed), trained(arm, data, size, seed, member=1)])
+    else:
+        model = trained(arm, data, size, seed)
+    return {
+        **measure(model, seed, size),
+        "lost": float(data.lost),
+        "unchanged": float(data.unchanged),
+    }
 
 
 CELLS = (
     "target F1 of dense + FFN, mixture: {dense_ffn}, {moe}; the same with augmentation: {dense_ffn_eda}, {moe_eda}. "
-    "Without a head: {dense}, with augmentation {dense_eda}."
+    "Without a head: {dense}, {dense_eda}. With augmentation, as wide as all experts: {dense_wide_eda}; two encoders "
+    "without a head together: {dense_two_eda}."
 )
 
 STUDY = Study(
@@ -304,8 +293,8 @@ STUDY = Study(
     title="Experts and augmentation in domains with few examples",
     setting=(
         "All-MiniLM-L6-v2 with its lower 3 of 6 layers frozen learns cloze questions of at most 88 tokens: 200 of each "
-        "of 3 source domains and 60 of each of 3 target domains for 50 steps of 16, then the target domains alone for "
-        "18 steps with experts frozen. Tested on 70 questions of each domain after the last step; no checkpoint is "
+        "of 3 source domains and 60 of each of 3 target domains for 44 steps of 16, then the target domains alone for "
+        "16 steps with experts frozen. Tested on 70 questions of each domain after the last step; no checkpoint is "
         "chosen. 4 experts of 768 inner units. Synonyms are neighbours in the encoder's own table of word embeddings. "
         "The paper has DistilBERT, 16 experts, three large question sets and WordNet. Target texts are those of the "
         "installed packages; small budgets have a tiny random encoder."
@@ -368,8 +357,18 @@ STUDY = Study(
             judge=Within(arm="moe_eda", low=0.1),
             tells=(
                 "normalised mutual information of a token's first expert and its domain: {moe_eda} in the augmented "
-                "mixture, {moe} without augmentation, {switch} in switch layers; 1 would be one expert a domain."
+                "mixture, {moe} without augmentation, {moe_untrained} before training, {switch} in switch layers; 1 "
+                "would be one expert a domain."
             ),
+        ),
+        Claim(
+            key="domains_learned",
+            text="Training, not the tokens alone, makes experts belong to domains.",
+            where="abstract (why a mixture should be robust)",
+            claimed="not measured",
+            metric="expert_domain_nmi",
+            judge=Beats(method="moe_eda", control=UNTRAINED, better="higher"),
+            tells="normalised mutual information of first expert and domain: {moe_eda}; untrained {moe_untrained}",
         ),
     ),
     arms=(
@@ -381,8 +380,11 @@ STUDY = Study(
             name="dense_ffn", text="one feed-forward of the mixture's active width before the span head", role="control"
         ),
         Arm(name="dense_ffn_eda", text="the same, target examples augmented", role="control"),
+        Arm(name="dense_wide_eda", text="one as wide as all experts, target examples augmented", role="control"),
         Arm(name="dense", text="the encoder and its span head", role="control"),
         Arm(name="dense_eda", text="the same, target examples augmented", role="control"),
+        Arm(name="dense_two_eda", text="two such encoders, trained apart, answer together", role="control"),
+        Arm(name=UNTRAINED, text="the mixture before any step", role="control"),
     ),
     run=run,
     methods=("train.switch_encoder", "train.balance_loss"),

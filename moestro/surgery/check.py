@@ -221,16 +221,16 @@ def _check_shared(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) 
         )
 
 
-def row_names(layer: MoELayer) -> list[str]:
-    """The tensors of a layer's router that have a row for each choice."""
-    return [name for name in layer.router.choice_rows if isinstance(getattr(layer.router, name), Tensor)]
+def router_rows(layer: MoELayer) -> dict[str, Tensor]:
+    """The tensors of a layer's router that have a row for each choice, by name."""
+    found = {name: layer.router.tensor(name) for name in layer.router.choice_rows}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def check_rows(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) -> None:
     """Raise PlanError unless each new expert's sources have router rows that fit."""
     entry, router = work.entry, layer.router
     way_out = "use router=new"
-    names = row_names(layer)
     if isinstance(router, RemapRouter):
         raise PlanError(f"layer {entry.layer} has a remapped router, which has no row for each expert; {way_out}")
     for index, sources in enumerate(entry.experts):
@@ -240,14 +240,14 @@ def check_rows(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) -> 
             if shape.num_experts is None:
                 raise PlanError(f"{where}, but layer {source.layer} of {source.donor!r} is dense; {way_out}")
             giver = donors[source.donor].place(source.layer).mixture.router
-            for name in names:
-                row = getattr(giver, name, None)
-                if name == "weight" and not isinstance(row, Tensor):
+            for name, mine in router_rows(layer).items():
+                row = giver.tensor(name)
+                if name == "weight" and row is None:
                     raise PlanError(f"{where}, but the router of layer {source.layer} has no {name}; {way_out}")
-                if isinstance(row, Tensor) and row.shape[1:] != getattr(router, name).shape[1:]:
+                if row is not None and row.shape[1:] != mine.shape[1:]:
                     raise PlanError(
                         f"{where}: a row of {name} has shape {list(row.shape[1:])} in layer {source.layer}, "
-                        f"{list(getattr(router, name).shape[1:])} here; {way_out}"
+                        f"{list(mine.shape[1:])} here; {way_out}"
                     )
         if entry.router == "mean" and sum(source.weight for source in sources) == 0:
             raise PlanError(f"layer {entry.layer} expert {index}: its weights sum to 0, so its router row has no mean")

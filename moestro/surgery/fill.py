@@ -12,7 +12,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertSource
 from moestro.core.remap import RemapRouter
 from moestro.core.router import Router
-from moestro.surgery.check import Work, renaming, row_names, shared_bank
+from moestro.surgery.check import Work, renaming, router_rows, shared_bank
 from moestro.surgery.experts import make_tensor
 from moestro.surgery.opened import OpenModel, Place, Read, bank_slot
 
@@ -32,7 +32,7 @@ def expect(ledger: Ledger, work: Work, layer: MoELayer) -> None:
         if work.entry.shared is not None:
             ledger.expect(work.entry.layer, SHARED_EXPERT, name)
     if work.entry.router in ("rows", "mean"):
-        for name in row_names(layer):
+        for name in router_rows(layer):
             for expert in range(len(work.entry.experts)):
                 ledger.expect(work.entry.layer, expert, f"router.{name}")
 
@@ -90,19 +90,19 @@ def _fill_router(
     """Router rows by the plan's rule; what belongs to no choice comes from the router that stood there."""
     rule, router = work.entry.router, layer.router
     if rule == "zero":
-        for name in row_names(layer):
-            into(getattr(router, name)).zero_()
+        for tensor in router_rows(layer).values():
+            into(tensor).zero_()
     if rule in ("new", "zero"):
         return
     if rule == "remap":
         assert isinstance(router, RemapRouter)
         _copy_router(router.inner, work.place, readers["self"], into, skip=())
         return
-    for name in row_names(layer):
+    for name, tensor in router_rows(layer).items():
         for expert, sources in enumerate(work.entry.experts):
             row = _row(sources if rule == "mean" else sources[:1], name, donors, readers)
             if row is not None:
-                into(getattr(router, name))[expert].copy_(row)
+                into(tensor)[expert].copy_(row)
             ledger.touch(work.entry.layer, expert, f"router.{name}")
     if work.place.shape.num_experts is not None:
         _copy_nulls(layer, work.place, readers["self"], into)
@@ -119,7 +119,7 @@ def _row(
     for source in sources:
         place = donors[source.donor].place(source.layer)
         assert source.expert is not None
-        if not isinstance(getattr(place.mixture.router, name, None), Tensor):
+        if place.mixture.router.tensor(name) is None:
             return None
         parameter, index = place.router_slot(source.expert, name)
         row = readers[source.donor](parameter)[index]
@@ -135,10 +135,10 @@ def _copy_nulls(layer: MoELayer, place: Place, read: Read, into: Into) -> None:
     old, new = place.mixture.router, layer.router
     if not new.num_null or old.num_null != new.num_null:
         return
-    for name in row_names(layer):
-        before = getattr(old, name, None)
-        if isinstance(before, Tensor):
-            into(getattr(new, name))[new.num_experts :].copy_(read(before)[old.num_experts :])
+    for name, tensor in router_rows(layer).items():
+        before = old.tensor(name)
+        if before is not None:
+            into(tensor)[new.num_experts :].copy_(read(before)[old.num_experts :])
 
 
 def _copy_router(new: Router, place: Place, read: Read, into: Into, skip: tuple[str, ...]) -> None:

@@ -94,7 +94,8 @@ class Place:
 
     def router_slot(self, expert: int, name: str) -> Slot:
         """Where the row of an expert in a tensor of the router lives."""
-        tensor: Tensor = getattr(self.mixture.router, name)
+        tensor = self.mixture.router.tensor(name)
+        assert tensor is not None
         return tensor, (expert,)
 
 

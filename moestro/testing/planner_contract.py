@@ -1,5 +1,6 @@
 """Checks of the entry `plan`, for plans about experts: each plans for tiny models and applies the plan."""
 
+import copy
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,10 +54,29 @@ def subjects(method: Method) -> Iterator[tuple[Any, ExpertPlan]]:
         yield model, plan
 
 
+def donors_of(method: Method, model: Any) -> dict[str, Any]:
+    """Further models for a method that joins models: the model with other values in its floating tensors."""
+    if "models" not in method.card.needs:
+        return {}
+    donor = copy.deepcopy(model)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in donor.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.01)
+    return {"donor1": donor}
+
+
 def planned(method: Method, model: Any, seed: int = 3) -> ExpertPlan:
     """The method's plan for an open model with its example settings."""
-    found: ExpertPlan = method.plan(PlanInputs(subject=OpenModel(model), seed=seed), example_config(method))
+    donors = {name: OpenModel(donor, name) for name, donor in donors_of(method, model).items()}
+    inputs = PlanInputs(subject=OpenModel(model), donors=donors, seed=seed)
+    found: ExpertPlan = method.plan(inputs, example_config(method))
     return found
+
+
+def applied(method: Method, model: Any, plan: ExpertPlan, **more: Any) -> dict[str, Any]:
+    """The receipt of a plan that is applied to the model it was made for."""
+    return surgery.apply(model, plan, donors=donors_of(method, model), **more)
 
 
 def plan_round_trips(method: Method) -> None:
@@ -89,7 +109,7 @@ def every_row_is_filled(method: Method) -> None:
     """See the contract."""
     for model, plan in subjects(method):
         shape = OpenModel(model).shape
-        receipt = surgery.apply(model, plan)
+        receipt = applied(method, model, plan)
         rows = sum(
             len(shape.layers[entry.layer].names) * (len(entry.experts) + (entry.shared is not None))
             for entry in plan.layers
@@ -104,7 +124,7 @@ def parent_is_kept(method: Method) -> None:
     for model, plan in subjects(method):
         keeps = plan.notes.get("keeps")
         assert keeps in ("as_routed", "all_on", "nothing"), "the plan's notes do not say what it keeps"
-        parity = surgery.apply(model, plan, calib=[batch()])["parity"]
+        parity = applied(method, model, plan, calib=[batch()])["parity"]
         if keeps != "nothing":
             found = parity[keeps]
             assert found["max_abs_diff"] <= atol, f"logits moved by {found['max_abs_diff']}, allowed are {atol}"
@@ -116,10 +136,11 @@ def others_keep_their_bits(method: Method) -> None:
     for model, plan in subjects(method):
         shape = OpenModel(model).shape
         first = sorted(entry.layer for entry in plan.layers)[0]
-        plan = plan.model_copy(update={"layers": [entry for entry in plan.layers if entry.layer == first]})
+        kept = [entry for entry in plan.layers if entry.layer == first]
+        plan = plan.model_copy(update={"layers": kept, "rest": "keep"})  # another `rest` is a wish to change them
         block = shape.layers[first].site.rpartition(".")[0]
         before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith(block)}
-        surgery.apply(model, plan)
+        applied(method, model, plan)
         after = model.state_dict()
         assert before
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -128,7 +149,7 @@ def others_keep_their_bits(method: Method) -> None:
 def saves_and_reopens(method: Method) -> None:
     """See the contract."""
     for model, plan in subjects(method):
-        surgery.apply(model, plan)
+        applied(method, model, plan)
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "model")
             again = load(Path(folder) / "model")

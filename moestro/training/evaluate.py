@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moestro.core.errors import ConfigError, DataError
+from moestro.core.forward import logits_of
 from moestro.core.session import session
 from moestro.data.packing import IGNORE, pad
-from moestro.training.objectives import pad_id, run
+from moestro.training.objectives import pad_id
 
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def window_logprobs(
             if not bool(mask_BS.all()):
                 batch["attention_mask"] = mask_BS
             with torch.no_grad(), session(collect=False):
-                logits_BSV = run(model, batch)
+                logits_BSV = logits_of(model, batch)
             for line, place in enumerate(places):
                 found[place] = _scored(logits_BSV[line], rows[place])
     finally:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moestro.core.context import LossTerm
 from moestro.core.errors import ConfigError
+from moestro.core.forward import logits_of, outputs
 from moestro.core.registry import method
 from moestro.data.dataset import Example, Shape
 from moestro.data.packing import IGNORE, packed_labels, pad, positions
@@ -31,7 +32,6 @@ Teachers = Mapping[str, nn.Module]
 Losses = dict[str, LossTerm]
 
 BLIND_TO_PACKING = frozenset({"gpt_oss"})
-LABEL_KEYS = frozenset({"labels", "label", "target_ids", "start_positions", "end_positions"})
 
 
 class Objective(ABC):
@@ -95,7 +95,7 @@ class Causal(Objective):
     def __call__(self, model: nn.Module, batch: Batch, teachers: Teachers) -> Losses:
         """{causal}: cross entropy in nats, summed over targets."""
         labels_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)  # shifting labels spares a copy of the logits
-        return {"causal": cross_entropy(run(model, batch), labels_BS)}
+        return {"causal": cross_entropy(logits_of(model, batch), labels_BS)}
 
 
 class Masked(Objective):
@@ -143,7 +143,7 @@ class Masked(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, teachers: Teachers) -> Losses:
         """{masked}: cross entropy in nats, summed over masked tokens."""
-        return {"masked": cross_entropy(run(model, batch), batch["labels"])}
+        return {"masked": cross_entropy(logits_of(model, batch), batch["labels"])}
 
 
 class Classification(Objective):
@@ -175,7 +175,7 @@ class Classification(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, teachers: Teachers) -> Losses:
         """{classification}: cross entropy in nats, summed over rows."""
-        return {"classification": cross_entropy(run(model, batch), batch["label"])}
+        return {"classification": cross_entropy(logits_of(model, batch), batch["label"])}
 
 
 class SeqToSeq(Objective):
@@ -213,7 +213,7 @@ class SeqToSeq(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, teachers: Teachers) -> Losses:
         """{seq2seq}: cross entropy in nats, summed over target tokens."""
-        return {"seq2seq": cross_entropy(run(model, batch), batch["labels"])}
+        return {"seq2seq": cross_entropy(logits_of(model, batch), batch["labels"])}
 
 
 class Span(Objective):
@@ -321,13 +321,6 @@ def make_objective(
     return SeqToSeq(tokenizer, getattr(model_config, "decoder_start_token_id", None))
 
 
-def run(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's logits."""
-    output = outputs(model, batch)
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
-
-
 def span_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits of start and end [B, S], float32; -inf at padding. A plain module may return both as one [B, S, 2]."""
     output = outputs(model, batch)
@@ -336,18 +329,6 @@ def span_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         logits_BS.float().masked_fill(batch["attention_mask"] == 0, float("-inf")) for logits_BS in pair
     )
     return start_BS, end_BS
-
-
-def outputs(model: nn.Module, batch: Batch) -> Any:
-    """What the model returns. Only inputs that its ``forward`` names are passed; labels never are."""
-    parameters = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-    named = {key: value for key, value in inputs.items() if key in parameters}
-    if named or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        inputs = named  # else a wrapper that passes everything on
-    if "use_cache" in parameters:
-        inputs["use_cache"] = False
-    return model(**inputs)
 
 
 def check_packing(model: nn.Module, batch: Batch) -> None:

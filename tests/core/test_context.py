@@ -389,6 +389,20 @@ def test_a_tag_per_token_follows_the_positions_of_a_prompt_in_pieces() -> None:
         recorder.seen[-1][2].tag_T("place")
 
 
+def test_a_tag_that_is_a_function_of_ids_answers_for_each_token_of_a_forward_or_of_a_part_of_it() -> None:
+    model = tiny_llama().eval()
+    recorder = Recorder()
+    with session(recorder=recorder, tags={"odd": lambda ids_T: ids_T % 2, "one": lambda ids_T: ids_T[:1]}):
+        model(input_ids=IDS)
+    ctx = recorder.seen[-1][2]
+    assert ctx.tag_T("odd").tolist() == (IDS % 2).flatten().tolist()
+    index_T = torch.tensor([1, 4, 5])
+    with ctx.subset(index_T):
+        assert ctx.tag_T("odd").tolist() == (IDS.flatten()[index_T] % 2).tolist()
+    with pytest.raises(ContextError, match=r"given 12 token ids .* not a shape of \[1\]"):
+        ctx.tag_T("one")
+
+
 def test_router_logits_stay_float32_under_autocast() -> None:
     model = tiny_llama()
     with torch.autocast("cpu", dtype=torch.bfloat16), session(collect=True) as opened:

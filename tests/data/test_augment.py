@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.core.errors import ConfigError
-from moestro.data.augment import Eda, Neighbours, cased, eda, pieces_of
+from moestro.data.augment import Eda, Neighbours, back_translate, cased, eda, pieces_of
 from moestro.data.spans import Question
 
 
@@ -107,7 +107,7 @@ def test_pieces_are_the_context_and_answers_may_overlap() -> None:
     pieces, begins = pieces_of(one)
     assert "".join(piece.text for piece in pieces) == CONTEXT
     assert [pieces[begin].text for begin in begins] == ["Old ", "king"]
-    assert [piece.text for piece in pieces if piece.word][:2] == ["The", "wise"]
+    assert [piece.text for piece in pieces if piece.free][:2] == ["The", "wise"]
 
 
 def test_neighbours_are_the_nearest_whole_words() -> None:
@@ -115,7 +115,7 @@ def test_neighbours_are_the_nearest_whole_words() -> None:
         def get_vocab(self) -> dict[str, int]:
             return {"big": 0, "large": 1, "##ish": 2, "small": 3, "Big": 4, "a1b": 5, "the": 6}
 
-    table = torch.tensor([[1.0, 0.1], [2.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.1], [1.0, 0.1], [1.0, 0.1]])
+    table = torch.tensor([[1.0, 0.1], [2.0, 0.0], [1.0, 0.1], [0.0, 9.0], [1.0, 0.1], [1.0, 0.1], [1.0, 0.1]])
     near = Neighbours(Vocabulary(), table)  # type: ignore[arg-type]
     assert near("big") == ("large",)
     assert near("##ish") == near("the") == near("unknown") == near("small") == ()
@@ -139,3 +139,73 @@ def test_case_follows() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Eda(**settings)
+
+
+def test_letters_inside_a_name_are_no_word() -> None:
+    one = Question("Who?", "An int32 of old_king is utf8s, not old.", ())
+    pieces, _ = pieces_of(one)
+    assert [piece.text for piece in pieces if piece.free] == ["An", "of", "is", "not", "old"]
+
+
+def test_a_share_is_taken_as_it_is_written() -> None:
+    context = " ".join(["old"] * 100)  # 0.57 * 100 is below 57 in floating point
+    (new,) = run(Question("Who?", context, ()), sr=0.57, copies=1)
+    assert new.context.split().count("ancient") == 57
+
+
+def test_swaps_go_on_for_their_share_and_deletion_takes_its_share() -> None:
+    context = " ".join(a + b for a in "abcdefghij" for b in "klmnopqrst")
+    one = Question("Who?", context, ())
+    (swapped,) = run(one, rs=0.2, sr=0, copies=1)  # 20 swaps of two words; one swap moves two
+    moved = sum(a != b for a, b in zip(context.split(), swapped.context.split(), strict=True))
+    assert 20 < moved <= 40
+    left = [len(new.context.split()) for new in run(one, rd=0.2, sr=0, copies=50)]
+    assert sum(left) / 50 == pytest.approx(80, abs=4 * (100 * 0.2 * 0.8 / 50) ** 0.5)
+
+
+# -- there and back ----------------------------------------------------------------------------------------------
+
+LONG = "It rains. The king lives here!  He is old. He is wise.\nNobody asks where he was born or when?"
+
+
+def translated(*answers: str, chunk: int = 100) -> tuple[Question, list[str]]:
+    asked: list[str] = []
+
+    def shout(text: str) -> str:
+        asked.append(text)
+        return f"<{text.upper()}>"
+
+    (new,) = back_translate([question(*answers, context=LONG)], shout, chunk=chunk).questions
+    return new, asked
+
+
+def test_sentences_without_an_answer_go_there_and_back_in_chunks() -> None:
+    new, asked = translated("king", chunk=24)
+    assert asked == ["It rains.", "He is old. He is wise.", "Nobody asks where he was", "born or when?"]
+    assert new.context == (
+        "<IT RAINS.> The king lives here!  <HE IS OLD. HE IS WISE.> <NOBODY ASKS WHERE HE WAS> <BORN OR WHEN?>"
+    )
+    assert new.answers == ((new.context.index("king"), "king"),)
+    assert new.question == "Who?"
+
+
+def test_chunks_are_counted_in_bytes() -> None:
+    one, asked = Question("Who?", "éé éé éé", ()), []
+    back_translate([one], lambda text: asked.append(text) or text.upper(), chunk=9)  # type: ignore[func-returns-value]
+    assert asked == ["éé éé", "éé"]
+
+
+def test_every_sentence_an_answer_touches_stays_and_what_changed_is_told() -> None:
+    new, asked = translated("here!  He is", "wise")
+    assert asked == ["It rains.", "Nobody asks where he was born or when?"]
+    assert new.misplaced() is None
+    assert [text for _, text in new.answers] == ["here!  He is", "wise"]
+    one = question("king", context=LONG)
+    lost = Question("Who?", LONG, ((0, "king"),))
+    whole = Question("Who?", "The king.", ((4, "king"),))
+    found = back_translate([lost, one, whole], str.upper)
+    assert (found.lost, found.unchanged, found.sources) == (1, 1, [1])
+    plain = question("king", context="It rains. The king lives.")
+    assert back_translate([plain], lambda text: text).unchanged == 1
+    with pytest.raises(ConfigError, match="chunk=0 bytes; at least 1"):
+        back_translate([one], str.upper, chunk=0)

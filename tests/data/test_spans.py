@@ -16,6 +16,7 @@ from moestro.data.tokens import byte_tokenizer
 
 
 SENTENCE = "who rules the old town ? a wise king lives in it and , queen far away"
+SPECIAL = [("[CLS]", 2), ("[SEP]", 3)]
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def tokenizer() -> Any:
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     raw.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=SPECIAL
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
@@ -81,6 +82,23 @@ def test_a_token_that_holds_more_than_the_answer_is_labelled_and_one_that_misses
     assert label(offsets, (2, "xxxx")) == (0, 1)
     assert label(offsets, (9, "xxxx")) == (None, None)
     assert label(offsets[1:], (2, "xxxx")) == (None, None)
+    assert [label(offsets, (at, "xxxx")) for at in (0, 4)] == [(0, 0), (1, 1)]  # and not their neighbours
+    assert label(offsets, (8, " xxx")) == label(offsets, (9, "xxx")) == (2, 2)  # no token holds white space
+    assert label(offsets, (4, "xxxx ")) == (1, 1)
+    assert label(offsets, (8, " ")) == (None, None)
+
+
+def test_the_first_of_several_answers_is_learned(tokenizer: Any) -> None:
+    both = Question("who ?", CONTEXT, ((2, "wise king"), (0, "a")))
+    (window,), _ = windows(tokenizer, [both], 20, 2)
+    assert window.text(CONTEXT, window.start, window.end) == "wise king"
+
+
+def test_a_stride_wider_than_a_window_still_moves_on(tokenizer: Any) -> None:
+    cut, _ = windows(tokenizer, [ask("lives in")], 10, 128)
+    texts = [window.text(CONTEXT, window.first, window.last) for window in cut]
+    assert texts[:2] == ["a wise king lives", "wise king lives in"]
+    assert texts[-1] == "town , far away"
 
 
 def test_the_best_span_lies_in_the_context_and_does_not_end_before_it_starts() -> None:
@@ -152,7 +170,16 @@ def test_wrong_answers_are_refused(tokenizer: Any, tmp_path: Path, answers: Any,
 def test_a_tokenizer_without_cls_and_a_length_without_room_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a \[CLS\] token"):
         windows(byte_tokenizer(), [ask("king")], 32, 4)
+    with pytest.raises(ConfigError, match="stride=-1: windows share at least 0"):
+        windows(tokenizer, [ask("king")], 32, -1)
     answers = {"text": [], "answer_start": []}
     source = write(tmp_path / "qa.jsonl", {"question": "who rules ?", "text": CONTEXT, "answers": answers})
     with pytest.raises(DataError, match="none of 1 questions fits sequence_length=7"):
         build_dataset(DataConfig.parse({"source": source, "sequence_length": 7}), tokenizer, "spans")
+
+
+def test_a_tokenizer_that_ends_with_cls_is_refused(tokenizer: Any) -> None:
+    last = processors.TemplateProcessing(single="$A [CLS]", pair="$A [SEP] $B:1 [CLS]:1", special_tokens=SPECIAL)
+    tokenizer.backend_tokenizer.post_processor = last
+    with pytest.raises(ConfigError, match=r"puts \[CLS\] first"):
+        windows(tokenizer, [ask("king")], 32, 4)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.routing import Routing, Scores
 from moestro.data.tokens import byte_tokenizer, encode
 from moestro.studies import moma as study
-from moestro.studies._choices import Flipped, TopOne, chosen
+from moestro.studies._choices import Answers, Flipped, TopOne, chosen
 from moestro.studies._framework import BUDGETS
 from moestro.studies._pixels import documents, image_ids, images, write
 from moestro.training.recipe import Recipe, load_recipe
@@ -48,15 +49,27 @@ def test_the_recipe_names_the_ids_of_pixels() -> None:
 @pytest.mark.parametrize("budget", ["micro", "full"])
 def test_all_arms_cost_the_same_operations_a_token(budget: str) -> None:
     size = study.scale(BUDGETS[budget])
-    with torch.device("meta"):
-        costs = {
-            arm.name: study.flops(study.build(size, arm.name, 0, *study.equal_size(arm.name, size)), size.length)
-            for arm in study.STUDY.arms
-        }
+    costs = {
+        arm.name: study.flops(study.build(size, arm.name, 0, *study.equal_size(arm.name, size)), size.length)
+        for arm in study.STUDY.arms
+    }
     for name, cost in costs.items():
         assert cost == pytest.approx(costs["dense"], rel=0.004), name
     layers = {arm.name: study.equal_size(arm.name, size)[1] for arm in study.STUDY.arms}
     assert layers["mod_2t2i"] == {"micro": 2, "full": 6}[budget]
+
+
+def test_all_but_the_feed_forwards_begins_alike_and_every_second_layer_is_routed_by_depth() -> None:
+    size = study.scale(BUDGETS["micro"])
+    models = {arm.name: study.build(size, arm.name, 3, *study.equal_size(arm.name, size)) for arm in study.STUDY.arms}
+    routed = models.pop("mod_2t2i").model.layers
+    assert ["router.weight" in dict(layer.named_parameters()) for layer in routed] == [True, False]
+    wanted = {name: p for name, p in models["dense"].named_parameters() if ".mlp." not in name}
+    assert {"model.embed_tokens.weight", "model.layers.1.self_attn.norm.weight"} < set(wanted)
+    for arm, model in models.items():
+        found = {name: p for name, p in model.named_parameters() if ".mlp." not in name}
+        assert set(found) == set(wanted), arm
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted), arm
 
 
 def routing() -> Routing:
@@ -79,12 +92,29 @@ def test_wrong_choices_are_turned_around_among_open_ones_and_counted() -> None:
     found = every.on_routing("a.mlp", routing(), None, None)
     assert chosen(found).int().tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]
     assert every.flips == 6
+    assert not found.causal
     assert every.on_routing("model.layers.0", routing(), None, None).token_N.tolist() == routing().token_N.tolist()
     assert every.flips == 6, "other kinds of choices are left alone"
     some = Flipped(0.25, depth=True, seed=0)
     for _ in range(200):
         some.on_routing("model.layers.0", routing(), None, None)
     assert some.flips == pytest.approx(0.25 * 6 * 200, rel=0.15)
+
+
+def test_answers_are_held_against_the_commoner_one_of_each_choice_by_hand() -> None:
+    """Groups of two tokens and of one; expert 0 is taken once of two, 1 once, 2 never, 3 once of one."""
+    said = torch.tensor([[1.0, -1.0, SHUT, SHUT], [2.0, -2.0, SHUT, SHUT], [SHUT, SHUT, 0.2, 0.6]])
+    router = SimpleNamespace(auxiliary=SimpleNamespace(threshold=torch.full((4,), 0.5)))
+    answers = Answers()
+    ctx = SimpleNamespace(get=lambda site, name: {"auxiliary": said}[name])
+    for site in ("a.mlp", "b.mlp", "b.mlp"):
+        assert answers.on_routing(site, routing(), router, ctx) is not None
+    assert answers.counts["a.mlp"].tolist() == [[2, 2, 1, 1], [1, 1, 0, 1], [2, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]]
+    assert torch.equal(answers.counts["b.mlp"], 2 * answers.counts["a.mlp"])
+    told = answers.told()
+    assert told["auxiliary_accuracy"] == pytest.approx(4 / 6)
+    assert told["auxiliary_gain"] == pytest.approx(0), "a constant for each choice is right as often"
+    assert told["auxiliary_f1"] == pytest.approx(2 * 2 / (3 + 3))
 
 
 def test_the_speed_up_by_hand() -> None:
@@ -103,6 +133,21 @@ def test_a_loss_that_is_not_causal_is_not_called_so() -> None:
         study.losses(untaught, parts, batch=False)
     control = study.Trained(untaught.model, untaught.curve, (TopOne(),))
     torch.testing.assert_close(*(study.losses(control, parts, batch=batch) for batch in (True, False)))
+
+
+def test_what_an_arm_measures_fits_together_and_its_second_stage_trains_auxiliary_routers_only() -> None:
+    found = study.run("moma_2t2i", 0, BUDGETS["ci"])
+    for part in study.NAMES:
+        assert found[f"{part}_gap"] == pytest.approx(found[f"{part}_loss"] - found[f"{part}_loss_by_batch"])
+    assert found["gap"] == max(found["text_gap"], found["image_gap"]), "one modality does not make up for the other"
+    per_token = found["rise_at_50_of_1000"] / found["rise_per_wrong_choice"]
+    assert per_token == pytest.approx(0.05 * 2 * 2, rel=0.2), "two layers with two open choices each"
+    model = study.trained("moma_2t2i", 0, "ci").model
+    learn = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learn == {name for name, _ in model.named_parameters() if "auxiliary" in name}
+    control = study.run("token_choice", 0, BUDGETS["ci"])
+    extra = sum(p.numel() for name, p in model.named_parameters() if "auxiliary" in name)
+    assert found["parameters"] - control["parameters"] == extra > 0, "what the control never asks does not count"
 
 
 def test_losses_by_modality_are_means_over_their_own_targets() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moestro.core.context import LossTerm
 from moestro.core.errors import ConfigError, RegistryError
+from moestro.core.forward import logits_of
 from moestro.data.tokens import byte_tokenizer
 from moestro.testing.training import packed
 from moestro.training.objectives import (
@@ -21,7 +22,6 @@ from moestro.training.objectives import (
     MethodObjective,
     SeqToSeq,
     make_objective,
-    run,
 )
 from moestro.training.recipe import ObjectiveConfig
 
@@ -137,9 +137,9 @@ def test_only_named_inputs_are_passed() -> None:
             return torch.zeros(1)
 
     batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2), "position_ids": torch.zeros(1, 2)}
-    run(Wrapper(), batch)
+    logits_of(Wrapper(), batch)
     assert seen == [{"input_ids", "position_ids"}]
-    run(Table(), {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2)})
+    logits_of(Table(), {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "labels": torch.zeros(1, 2)})
 
 
 def test_a_methods_objective_joins_by_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "model_is_only_read": "planning changes no tensor and no module of the model",
         "every_row_is_filled": "applied, the plan fills every row of every new expert once",
         "parent_is_kept": "the converted model answers as its parent wherever the plan's notes say so",
-        "others_keep_their_bits": "tensors outside the chosen layers keep their bits",
+        "others_keep_their_bits": "tensors outside the chosen layers keep their bits, unless `rest` means them",
         "saves_and_reopens": "the converted model saves and reopens with the same tensors and logits",
     },
 }

@@ -34,9 +34,9 @@ from moestro.core.layer import mixture_layers
 from moestro.core.report import Report, Table
 from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
+from moestro.methods.inspect._parts.next_token import Batch, loss, valid_tokens
 
 
-Batch = Mapping[str, Any]
 Masks = dict[str, Tensor]  # site -> bool over its experts, [E] or [n, n], True for those that go
 FLOOR, MOST_DOMAINS = 1e-3, 16  # nats that count as no change at all; domains in one report
 
@@ -112,7 +112,7 @@ def expert_scores(model: nn.Module, domains: Mapping[str, Sequence[Batch]]) -> d
         with torch.no_grad(), session(recorder=scorer):
             for batch in batches:
                 model(**batch)
-                scorer.tokens += int(_valid(batch).sum())
+                scorer.tokens += int(valid_tokens(batch).sum())
         found.append({site: total / max(scorer.tokens, 1) for site, total in scorer.total.items()})
     return {site: torch.stack([scores[site] for scores in found]) for site in found[0]}
 
@@ -167,24 +167,6 @@ def masked(model: nn.Module, masks: Masks) -> Iterator[None]:
     finally:
         for site, there in pairs.items():
             there.copy_(before[site])
-
-
-def _valid(batch: Batch) -> Tensor:
-    """Which tokens are no padding, bool [B, S]."""
-    return torch.as_tensor(batch.get("attention_mask", torch.ones_like(batch["input_ids"]))) != 0
-
-
-def loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """Mean next-token loss in nats over all targets that are no padding."""
-    total, count = 0.0, 0
-    for batch in batches:
-        with torch.no_grad():
-            logits = model(**batch).logits[:, :-1].float()
-        valid = _valid(batch)
-        wanted = batch["input_ids"][:, 1:].masked_fill(~(valid[:, 1:] & valid[:, :-1]), -100)
-        total += float(nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="sum"))
-        count += int((wanted != -100).sum())
-    return total / max(count, 1)
 
 
 def loss_changes(

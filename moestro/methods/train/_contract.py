@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor, nn
 
+from moestro.core.context import LossTerm
 from moestro.core.site import Shared, Site
 
 
@@ -22,11 +23,14 @@ class Build(Protocol):
 
 
 class Objective(Protocol):
-    """`objective(model, batch, teachers)`: named scalar losses of one batch, each with gradient."""
+    """`objective(model, batch, teachers[, config])`: the losses of one batch by name, together with gradient.
+
+    A `LossTerm` is a sum over its unit and exact under accumulation; a plain scalar counts as a mean over rows.
+    """
 
     def __call__(
-        self, model: nn.Module, batch: dict[str, Tensor], teachers: dict[str, nn.Module]
-    ) -> dict[str, Tensor]: ...  # fmt: skip
+        self, model: nn.Module, batch: dict[str, Tensor], teachers: dict[str, nn.Module], config: Any
+    ) -> dict[str, Tensor | LossTerm]: ...  # fmt: skip
 
 
 KEEPS: Final[dict[str, dict[str, str]]] = {
@@ -45,5 +49,13 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "after_step_moves_buffers": "after_step leaves trainable parameters alone",
         "costs_are_counted": "operations and bytes are counted as they are when it runs, within 1 %",
         "sums_over_units": "a loss is a sum over its units: two sequences cost what they cost one by one",
+    },
+    "objective": {
+        "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",
+        "finite": "losses are finite",
+        "gradients_arrive": "every trainable parameter of the model gets a gradient, and some of it is not zero",
+        "teachers_stand_still": "a teacher is neither changed nor given gradients",
+        "sums_over_rows": "a batch costs what its rows cost one by one",
+        "repeatable": "the same batch and weights give the same bits",
     },
 }

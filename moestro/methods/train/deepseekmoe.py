@@ -31,6 +31,8 @@ class Config(BaseConfig):
 
     Attributes:
         num_experts: N. top_k: k. expert_size: inner width d of a coarse expert. segments: m. shared: K_s.
+        routed: routed experts, where they are not m N - K_s: the paper's 16B model has 64 beside 2 shared, its 145B
+            model 128 beside 4.
         router: a router method; its num_experts and top_k are derived. losses: name -> loss method.
     """
 
@@ -39,6 +41,7 @@ class Config(BaseConfig):
     expert_size: int = Field(ge=1, examples=[32])
     segments: int = Field(default=4, ge=1)
     shared: int = Field(default=1, ge=0)
+    routed: int | None = Field(default=None, ge=1)
     activation: ops.Activation = "silu"
     gated: bool = True
     router: MethodUse = MethodUse(method="train.softmax_topk", config={"renormalise": False})
@@ -56,6 +59,10 @@ class Config(BaseConfig):
             )
         if self.top_k > self.num_experts:
             raise ConfigError(f"top_k={self.top_k} but num_experts={self.num_experts}")
+        if self.active_routed > self.num_routed:
+            raise ConfigError(
+                f"routed={self.routed}, but a token takes segments * top_k - shared = {self.active_routed} of them"
+            )
         return self
 
     @property
@@ -65,8 +72,8 @@ class Config(BaseConfig):
 
     @property
     def num_routed(self) -> int:
-        """Routed experts, m N - K_s."""
-        return self.segments * self.num_experts - self.shared
+        """Routed experts, m N - K_s unless told otherwise."""
+        return self.segments * self.num_experts - self.shared if self.routed is None else self.routed
 
     @property
     def active_routed(self) -> int:

@@ -158,8 +158,7 @@ class MixtureOfDepths(nn.Module):
             flat_TD = hidden.reshape(-1, hidden.shape[-1])
             routing = self.route(flat_TD, ctx)
             weight_T = flat_TD.new_zeros(len(flat_TD)).index_add(0, routing.token_N, routing.weight_N.to(flat_TD))
-            chosen_T = torch.zeros(len(flat_TD), dtype=torch.bool, device=hidden.device)
-            chosen_T[routing.token_N] = True
+            chosen_T = torch.bincount(routing.token_N, minlength=len(flat_TD)) > 0
             if self.branch:
                 index_X = chosen_T.nonzero().squeeze(1)
                 with ctx.subset(index_X):
@@ -191,8 +190,7 @@ class MixtureOfDepths(nn.Module):
         self, flat_TD: Tensor, weight_T: Tensor, chosen_BS: Tensor, call: dict[str, Any], ctx: RoutingContext
     ) -> Tensor:
         """Run the block on the chosen tokens of a call; the hidden states [B, S, D] after it."""
-        past = call.get(CACHE)
-        idle = not bool(chosen_BS.any())
+        past, idle = call.get(CACHE), not bool(chosen_BS.any())
         shape = (*chosen_BS.shape, flat_TD.shape[1])
         if past is None and idle:
             return flat_TD.view(shape)
@@ -273,10 +271,12 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The block or the feed-forward at the site, with a router before it.
 
     Raises:
-        ConfigError: a site of another kind, or a block of an encoder-decoder.
+        ConfigError: a site of another kind, a mixture at an mlp site, or a block of an encoder-decoder.
     """
     if site.kind not in ("block", "mlp"):
         raise ConfigError(f"{site.path}: tokens can pass by a block or an mlp, not by a site of kind {site.kind}")
+    if site.kind == "mlp" and any(getattr(part, "is_mixture", False) for part in site.module.modules()):
+        raise ConfigError(f"{site.path}: a mixture stands there, whose name the router would share; use kind block")
     if site.kind == "block" and getattr(site.model_config, "is_encoder_decoder", False):
         raise ConfigError(f"{site.path}: blocks of an encoder-decoder attend to another stack; use kind mlp")
     router = DepthRouter(site.dim, config, site.path)

@@ -206,7 +206,7 @@ class ElasticFFN(nn.Module):
 
 
 def copy_distance(model: nn.Module) -> dict[str, float]:
-    """Largest difference between two copies of a matrix over its standard deviation, by module.
+    """Largest difference between any two copies of a matrix over its standard deviation, by module.
 
     Copies that start equal part only through the shares; as long as this is 0, the router changes nothing.
     """
@@ -214,7 +214,7 @@ def copy_distance(model: nn.Module) -> dict[str, float]:
     for path, part in model.named_modules():
         if isinstance(part, ElasticLinear):
             weight_MOI = part.weight.detach()
-            found[path] = float((weight_MOI - weight_MOI[:1]).abs().max() / weight_MOI.std())
+            found[path] = float((weight_MOI.amax(0) - weight_MOI.amin(0)).max() / weight_MOI.std())
     return found
 
 
@@ -253,7 +253,8 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
 def objective(model: nn.Module, batch: dict[str, Tensor], teachers: Any, config: Config) -> dict[str, LossTerm]:
     """{largest, smallest, random}: next-token cross entropy in nats, summed over targets; random over architectures.
 
-    In evaluation there is no random one. With ``distill`` all but the largest learn its distribution.
+    With ``distill`` all but the largest learn its distribution instead. In evaluation there is no random architecture
+    and no lesson: losses of runs with and without ``distill`` compare.
 
     Raises:
         ConfigError: the model is no supernet, or one of another space; the batch has no labels.
@@ -275,7 +276,7 @@ def objective(model: nn.Module, batch: dict[str, Tensor], teachers: Any, config:
             loss = F.cross_entropy(logits_NV, wanted_N, ignore_index=-100, reduction="sum")
         else:
             loss = -(taught * logits_NV.log_softmax(-1))[wanted_N != -100].sum()
-        if config.distill and name == "largest":
+        if config.distill and model.training and name == "largest":
             taught = logits_NV.detach().softmax(-1)
         found[name] = found[name] + loss if name in found else loss
     return {name: LossTerm(total, "token") for name, total in found.items()}

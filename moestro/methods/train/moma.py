@@ -89,6 +89,8 @@ class Config(BaseConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.modality == "":
+            raise ConfigError("modality is an empty name; give ranges of token ids or the name of a tag")
         if isinstance(self.modality, str):
             return self
         if unknown := sorted(set(self.modality) - set(self.groups)):
@@ -166,6 +168,7 @@ class ModalityRouter(Router):
     """The router. Parameters: ``weight`` [E, D], group after group; ``auxiliary``. Other modalities have logit -inf."""
 
     causal = False
+    choice_rows = ("weight", "auxiliary.out", "auxiliary.threshold")
 
     def __init__(self, dim: int, config: Config, site: str) -> None:
         super().__init__(sum(config.sizes), top_k=None)
@@ -189,8 +192,8 @@ class ModalityRouter(Router):
         found: tuple[Tensor, tuple[Tensor, ...]] | None = ctx.get(owner, name) if tokens.whole else None
         if found is None:
             modality_T = modalities(self.config, ctx)
-            count = len(self.config.sizes)
-            members = tuple(((modality_T == g) & tokens.valid_T).nonzero().squeeze(1) for g in range(count))
+            groups = range(len(self.config.sizes))
+            members = tuple(((modality_T == group) & tokens.valid_T).nonzero().squeeze(1) for group in groups)
             found = (modality_T, members)
             if tokens.whole:
                 ctx.put(owner, name, found)
@@ -201,9 +204,8 @@ class ModalityRouter(Router):
         modality_T, members = self.tokens_by_group(ctx)
         other_TE = modality_T[:, None] != torch.tensor(self.group_of, device=x_TD.device)
         logits_TC = exact_linear(x_TD, self.weight).masked_fill(other_TE, float("-inf"))
-        select_TC = logits_TC
-        if self.training and self.config.noise == "gumbel_sigmoid":
-            select_TC = logits_TC + ctx.value(NOISE, 1.0) * logistic_like(logits_TC)
+        noisy = self.training and self.config.noise == "gumbel_sigmoid"
+        select_TC = logits_TC + ctx.value(NOISE, 1.0) * logistic_like(logits_TC) if noisy else logits_TC
         gate_TC = select_TC.sigmoid()
         if self.training and ctx.value(AUXILIARY, 1.0):
             ctx.put(self.site, AUXILIARY, self.auxiliary(x_TD, members))
@@ -213,20 +215,18 @@ class ModalityRouter(Router):
 
     def choose(self, scores: Scores, ctx: RoutingContext) -> Routing:
         """See Router."""
-        whole = self.over_batch(ctx)
+        whole, chosen_TE = self.over_batch(ctx), scores.select_TC > 0
         if whole:
             members = self.tokens_by_group(ctx)[1]
             chosen_TE = take_tokens(scores.select_TC, members, self.config.sizes, self.config.capacity_factor)
-        else:
-            chosen_TE = scores.select_TC > 0
         return Routing.from_mask(
             chosen_TE, scores.gate_TC, num_experts=self.num_experts, scores=scores, causal=not whole
         )
 
     def real_per_token(self, length: int) -> float | None:
         """See Router; while experts choose, not rounded, and None where it depends on the modality."""
-        counts = {(self.config.capacity_factor or 1 / size) * size for size in self.config.sizes}
-        return counts.pop() if len(counts) == 1 else None
+        factor, sizes = self.config.capacity_factor, self.config.sizes
+        return 1.0 if factor is None else factor * sizes[0] if len(set(sizes)) == 1 else None
 
 
 class ModalityLayer(MoELayer):
@@ -236,12 +236,12 @@ class ModalityLayer(MoELayer):
 
 
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:
-    """The layer for a feed-forward site of width ``site.dim``.
+    """The layer for a feed-forward site of width ``site.dim``. It takes over the norm of such a layer at the site.
 
     Raises:
         ConfigError: settings that are open and that the site does not tell.
     """
-    found = form_at(site)
+    found, there = form_at(site), site.module
     inner = config.expert_size or (found.inner if found else getattr(site.model_config, "intermediate_size", None))
     if inner is None:
         raise ConfigError(f"{site.path}: {type(site.module).__name__} does not tell expert_size; give it")
@@ -251,9 +251,9 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     bank = StackedFFN(
         router.num_experts, site.dim, inner, activation=activation, gated=gated, out=site.out  # type: ignore[arg-type]
     )  # fmt: skip
-    norm = nn.RMSNorm(bank.out, eps=1e-6) if config.post_norm else None
-    losses = {AUXILIARY: SelectionLoss(router.auxiliary)}
-    return ModalityLayer(router, bank, site=site.path, post=norm, losses=losses)
+    before = there.post if isinstance(there, ModalityLayer) else None
+    norm = before or nn.RMSNorm(bank.out, eps=1e-6) if config.post_norm else None
+    return ModalityLayer(router, bank, site=site.path, post=norm, losses={AUXILIARY: SelectionLoss(router.auxiliary)})
 
 
 def objective(

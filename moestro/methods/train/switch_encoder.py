@@ -45,6 +45,7 @@ from moestro.core.plan import MethodUse
 from moestro.core.routing import Routing
 from moestro.core.site import Shared, Site
 from moestro.methods.train._parts.assemble import losses_by_id
+from moestro.methods.train._parts.selection import warn_if_dead
 from moestro.methods.train._parts.switch_stack import SwitchBlock, SwitchStack
 from moestro.methods.train._parts.top_two import FirstChoiceBalance, Gate, Policy, TopTwo, Weight
 from moestro.models.families import family
@@ -104,6 +105,9 @@ class Config(BaseConfig):
             raise ConfigError("weight='straight' is for top_k=1; the shares of two experts have a gradient themselves")
         if self.placement != "head" and not self.residual:
             raise ConfigError(f"residual=False is for placement='head'; in {self.placement!r} the block adds its input")
+        for name in ("layers", "heads", "dropout") if self.placement != "stack" else ():
+            if (value := getattr(self, name)) != type(self).model_fields[name].default:
+                raise ConfigError(f"{name}={value} is of a stack, but placement={self.placement!r}; leave it out")
         if self.activation == "swiglu_oss":
             raise ConfigError("activation='swiglu_oss' needs gated experts, which these are not; use relu or gelu")
         return self
@@ -137,9 +141,8 @@ def mixture(site: Site, config: Config, shared: Shared, *, path: str, bias: bool
     use = MethodUse(
         method="train.balance_loss", config={"scope": "sequence" if config.placement == "head" else "batch"}
     )
-    losses: dict[str, RoutingLoss] = losses_by_id({"balance": use}, site, shared)
-    if config.placement == "head":
-        losses = {"balance": FirstChoiceBalance(losses["balance"])}
+    found: dict[str, RoutingLoss] = losses_by_id({"balance": use}, site, shared)
+    losses = {name: FirstChoiceBalance(loss) for name, loss in found.items()}
     inner = config.expert_size or form.get("inner") or 4 * site.dim
     act: Any = config.activation or form.get("activation") or "gelu"
     bank = StackedFFN(config.num_experts, site.dim, inner, activation=act, gated=form.get("gated", False), bias=bias)
@@ -229,6 +232,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     Raises:
         ConfigError: a site of the wrong kind, a block that is not the last one, settings that do not fit what is there.
     """
+    warn_if_dead(config.top_k, config.num_experts > 1 and config.weight == "normalised", "train.switch_encoder")
     if config.placement == "replace":
         if site.kind not in ("mlp", "block"):
             raise ConfigError(f"{site.path}: placement='replace' is for sites of kind block or mlp, not {site.kind}")

@@ -41,8 +41,9 @@ from moestro.core.routing import Routing, Scores
 from moestro.core.site import Borrowed, Shared, Site
 from moestro.methods.train._parts.assemble import losses_by_id
 from moestro.methods.train._parts.capacity import within_capacity
+from moestro.methods.train._parts.heads import Call, HeadBank, mask_of
 from moestro.methods.train._parts.selection import warn_if_dead
-from moestro.methods.train._parts.slices import Call, HeadBank, SlicedBank, UnitBank
+from moestro.methods.train._parts.slices import SlicedBank, UnitBank
 from moestro.models.families import family
 from moestro.models.swap import state_of
 from moestro.surgery.opened import form_at
@@ -185,9 +186,7 @@ class UnionAttention(UnionLayer):
         past_key_values: Any = None, **more: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """(output [B, S, D], None). Raises ContextError: a mask other than those of "sdpa" and "eager"."""
-        mask = attention_mask
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1):
-            raise ContextError(f"{self.site}: a mask [B, 1, S, L] is needed; load with attn_implementation 'sdpa'")
+        mask = mask_of(self.site, attention_mask)
         with layer_context(hidden_states, self.training) as ctx:
             x_TD = hidden_states.flatten(0, 1)
             ctx.keep(self.site, "input", x_TD)
@@ -296,5 +295,6 @@ CARD = MethodCard(
         "by default each token chooses by itself, a straight-through weight teaches the gate, a loss balances the load",
         "output biases once a token, not once a slice; rotary positions of the sequence unless 'compacted'",
         "an expert-choice slice takes positions by its full probabilities, not by those that top-k left",
+        "heads take the same share of positions as units; the released ones as many as the fullest head",
     ),
 )

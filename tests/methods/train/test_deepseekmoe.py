@@ -23,6 +23,12 @@ def test_total_and_active_expert_parameters_stay_constant(segments: int, shared:
     assert layer.router.num_experts == segments * 8 - shared
 
 
+def test_the_papers_16b_layer_has_64_routed_experts_beside_two_shared_ones() -> None:
+    layer = build("train.deepseekmoe", num_experts=16, top_k=2, expert_size=16, segments=4, shared=2, routed=64)
+    assert (layer.bank.num_experts, layer.router.num_experts, layer.router.top_k) == (64, 64, 6)
+    assert (layer.bank.inner, layer.shared.bank.inner) == (4, 8)
+
+
 def test_one_segment_and_no_shared_expert_is_the_plain_layer() -> None:
     layer = build("train.deepseekmoe", num_experts=4, top_k=2, expert_size=8, segments=1, shared=0)
     x = torch.randn(1, 5, DIM)
@@ -61,6 +67,7 @@ def _context(count: int):
     [
         ({"expert_size": 10, "segments": 4}, "segments=4 does not divide expert_size=10"),
         ({"expert_size": 8, "segments": 2, "top_k": 1, "shared": 2}, "leaves no routed expert"),
+        ({"expert_size": 8, "routed": 6}, "routed=6, but a token takes segments \\* top_k - shared = 7 of them"),
         ({"expert_size": 8, "losses": {"x": {"method": "train.switch"}}}, "builds no routing loss"),
     ],
 )

@@ -1,5 +1,6 @@
 """Mixture of depths: the batch's best tokens go through, at their own positions; the cache knows who was there."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 import moestro
 from moestro.core.context import current_context
-from moestro.core.cost import RowCounter
+from moestro.core.cost import RowCounter, Work, cost
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.registry import method
 from moestro.core.routing import Routing
@@ -19,6 +20,7 @@ from moestro.methods.train.mixture_of_depths import Config, MixtureOfDepths
 from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
+from moestro.training.size import attention_costs
 
 
 IDS = torch.randint(3, 97, (3, 8), generator=torch.Generator().manual_seed(1))
@@ -259,24 +261,35 @@ def test_generating_is_refused_until_the_auxiliary_router_is_trained() -> None:
         prompt.generate(IDS, **ASK)
     mixed = whole(inside=True)
     with torch.no_grad():
-        mixed.model.layers[1].mlp.router.auxiliary.groups[0].out.zero_()
+        mixed.model.layers[1].mlp.router.auxiliary.out[:2].zero_()
     with pytest.raises(ContextError, match=r"model\.layers\.1\.mlp: cannot generate"):
         mixed.generate(IDS, **ASK)
 
 
 def test_a_group_that_depth_routing_starved_takes_nothing_there_and_does_not_stop_generation() -> None:
     model = whole(inside=True)
-    groups = model.model.layers[0].mlp.router.auxiliary.groups
+    out = model.model.layers[0].mlp.router.auxiliary.out.detach()
     before = forward(model)[1]["model.layers.0.mlp"]
     assert int(before.counts_C()[2:].sum()) > 0
-    nn.init.zeros_(groups[1].out)
+    nn.init.zeros_(out[2:])
     after = forward(model)[1]["model.layers.0.mlp"]
     assert after.causal
     assert after.counts_C().tolist() == [*before.counts_C()[:2].tolist(), 0, 0]
     model.generate(IDS, **ASK)
-    nn.init.zeros_(groups[0].out)
+    nn.init.zeros_(out[:2])
     with pytest.raises(ContextError, match=r"model\.layers\.0\.mlp: cannot generate"):
         model.generate(IDS, **ASK)
+
+
+def test_a_cropped_cache_forgets_who_came_after_the_cut() -> None:
+    model = whole(inside=True)
+    expected, _ = forward(model)
+    with torch.no_grad():
+        cache = model(torch.cat([IDS[:, :5], IDS[:, :2]], 1), use_cache=True).past_key_values
+        cache.crop(-2)
+        out = model(IDS[:, 5:], past_key_values=cache, use_cache=True)
+    assert out.past_key_values.moestro_state["model.layers.0.keys"].shape == (3, 8)
+    torch.testing.assert_close(out.logits, expected[:, 5:], atol=2e-5, rtol=0)
 
 
 def test_caches_that_keep_no_place_for_each_position_are_refused() -> None:
@@ -325,7 +338,29 @@ def test_depth_comes_before_modality_and_the_inner_mixture_sees_the_chosen_token
     text = int((taken < FIRST).sum())
     counts = routings["model.layers.0.mlp"].counts_C().tolist()
     assert counts == [int(text / 2 + 0.5)] * 2 + [int((12 - text) / 2 + 0.5)] * 2
+    per_row = torch.bincount(torch.tensor(chosen(routings[SITES[0]])) // 8, minlength=3)
+    assert 3 * int(per_row.max()) > 12, "some slots are filled up"
+    assert rows.per_token()["model.layers.0.mlp"] == [count / 12 for count in counts], "a token that came, not a slot"
+    assert rows.per_token()[SITES[0]] == [0.5]
     assert sum(routings["model.layers.1.mlp"].counts_C().tolist()) >= 24
+
+
+def test_a_token_costs_the_router_and_its_share_of_a_block_among_as_many() -> None:
+    model = whole(capacity=0.25)
+    wrapped = model.model.layers[0]
+    block, router = wrapped.inner, wrapped.router
+    costs = attention_costs(model)
+    attention = costs[block.self_attn]
+    assert attention(40) > attention(10) > 0
+    work = Work(length=40, training=False, by_length=costs)
+    matrices = 2 * sum(p.numel() for p in block.parameters() if p.ndim > 1)
+    main, extra = 2 * 32, 2 * (16 * 32 + 16)
+    assert cost(router, work) == main + extra
+    assert cost(wrapped, work) == pytest.approx(main + extra + (matrices + attention(10)) / 4)
+    measured = dataclasses.replace(work, rows={SITES[0]: [0.5]})
+    assert cost(wrapped, measured) == pytest.approx(main + extra + (matrices + attention(20)) / 2)
+    alone = whole(capacity=0.25, kind="mlp").model.layers[0].mlp
+    assert cost(alone, work) == pytest.approx(main + extra + 2 * 3 * 32 * 48 / 4)
 
 
 def test_the_auxiliary_losses_of_both_reach_their_routers_and_nothing_else() -> None:
@@ -336,9 +371,9 @@ def test_the_auxiliary_losses_of_both_reach_their_routers_and_nothing_else() -> 
     terms = {site: term.total for (site, name), term in ctx.losses.items() if name == "auxiliary"}
     assert set(terms) == {*SITES, *(f"model.layers.{n}.mlp" for n in range(3))}
     routing = ctx.routings[SITES[0]]
-    router = model.model.layers[0].router.auxiliary.groups[0]
+    router = model.model.layers[0].router.auxiliary
     x = model.model.embed_tokens(IDS).view(24, -1)
-    answer = (nn.functional.silu(x @ router.narrow.T) @ router.out.T).sigmoid()[:, 0]
+    answer = (nn.functional.silu(x @ router.narrow[0].T) @ router.out.T).sigmoid()[:, 0]
     took = torch.zeros(24, dtype=torch.bool)
     took[routing.token_N] = True
     torch.testing.assert_close(terms[SITES[0]], -torch.where(took, answer, 1 - answer).log().sum())
@@ -388,6 +423,8 @@ def test_what_cannot_be_is_refused() -> None:
     use = method("train.mixture_of_depths")
     with pytest.raises(ConfigError, match="kind attention"):
         use.build(Site(path="a", kind="attention", module=nn.Identity(), dim=4), use.configure({}), Shared())
+    with pytest.raises(ConfigError, match=r"model\.layers\.0\.mlp: a mixture stands there.* kind block"):
+        whole(inside=True, kind="mlp")
     coder = tiny_model("switch_transformers").config
     block = Site(path="a", kind="block", module=nn.Identity(), dim=4, model_config=coder)
     with pytest.raises(ConfigError, match="encoder-decoder"):

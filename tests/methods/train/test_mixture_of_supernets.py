@@ -16,11 +16,8 @@ from moestro.core.site import Shared, Site
 from moestro.methods.train._parts.supernet_model import encoder_of, plain_config
 from moestro.methods.train.mixture_of_supernets import (
     ArchRouter,
-    ElasticFFN,
-    ElasticLinear,
     collapse,
     copy_distance,
-    mix,
 )
 from moestro.models.load import adopt
 from moestro.models.swap import swap
@@ -57,84 +54,7 @@ def logits(model: nn.Module, arch, ids: Tensor = IDS, **more) -> Tensor:
         return model(input_ids=ids, **more).logits
 
 
-def build(space=None, *, inner: int = 6, **config) -> ElasticFFN:
-    """A layer of its own: 4 wide, ``inner`` neurons."""
-    torch.manual_seed(0)
-    use = method(ID)
-    space = space or {"hidden": [2, 4], "head_dim": 2, "inner": [3, inner], "layers": [1]}
-    site = Site(path="mlp", kind="mlp", module=nn.Identity(), dim=4, out=4, layer=0, num_layers=1)
-    made = use.build(site, use.configure({"space": space, "router_hidden": 5, **config}), Shared())
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.normal_(std=0.7)
-    return made
-
-
 # -- the mathematics --------------------------------------------------------------------------------------------
-
-
-def test_a_mixture_worked_by_hand() -> None:
-    copies = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[10.0, 20.0], [30.0, 40.0]]])
-    by_neuron = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
-    torch.testing.assert_close(mix(copies, by_neuron), torch.tensor([[5.5, 11.0], [23.25, 31.0]]))
-    torch.testing.assert_close(mix(copies, torch.tensor([[0.9, 0.1]])), torch.tensor([[1.9, 3.8], [5.7, 7.6]]))
-    bias = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    torch.testing.assert_close(mix(bias, by_neuron), torch.tensor([2.0, 5.0]))
-
-
-def loop(layer: ElasticFFN, x_TD: Tensor, hidden: int, inner: int, encoding: list[float]) -> Tensor:
-    """The layer from its formula: every weight of every neuron mixed by itself."""
-    single = layer.config.routing == "layer"
-
-    def shares(name: str, rows: int) -> Tensor:
-        router = layer.routers[name]
-        z = router.last.weight @ (router.first.weight @ torch.tensor(encoding) + router.first.bias).relu()
-        z = z + router.last.bias
-        count = layer.config.experts
-        each = [z[:count] if single else z[n * count : (n + 1) * count] for n in range(rows)]
-        return torch.stack([row.exp() / row.exp().sum() for row in each])
-
-    def matrix(name: str, router: str, rows: int, columns: int) -> Tensor:
-        share, copies = shares(router, rows), layer.parts[name].weight
-        return torch.stack(
-            [
-                torch.stack([sum(share[n, j] * copies[j, n, i] for j in range(len(copies))) for i in range(columns)])
-                for n in range(rows)
-            ]
-        )
-
-    gate, up = (matrix(name, "inner", inner, hidden) for name in ("gate_proj", "up_proj"))
-    down = matrix("down_proj", "out", hidden, inner)
-    return torch.stack([down @ (nn.functional.silu(gate @ x) * (up @ x)) for x in x_TD])
-
-
-@pytest.mark.parametrize("routing", ["layer", "neuron"])
-@pytest.mark.parametrize(
-    ("hidden", "inner", "encoding"), [(2, 3, [0.5, 0.5, 0.5, 1.0]), (4, 3, [1, 1, 0.5, 1]), (4, 6, [1, 1, 1, 1])]
-)
-def test_outputs_and_gradients_equal_a_plain_loop(routing: str, hidden: int, inner: int, encoding: list) -> None:
-    layer = build(routing=routing, experts=3)
-    x, wish = torch.randn(7, hidden), torch.randn(7, hidden)
-    expected = loop(layer, x, hidden, inner, [float(e) for e in encoding])
-    with session(arch={"hidden": hidden, "inner": inner, "heads": hidden // 2, "layers": 1}):
-        found = layer(x)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    names, tensors = zip(*layer.named_parameters(), strict=True)
-    ours, theirs = (torch.autograd.grad((y * wish).sum(), tensors) for y in (found, expected))
-    for name, one, two in zip(names, ours, theirs, strict=True):
-        assert two.abs().max() > 1e-4, name
-        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4, msg=name)
-
-
-def test_rows_of_a_router_sum_to_one_and_keep_their_place_when_sliced() -> None:
-    layer = build(experts=3)
-    encoding = torch.tensor([0.5, 0.5, 0.5, 1.0])
-    router = layer.routers["inner"]
-    whole, part = router(encoding, 6), router(encoding, 4)
-    torch.testing.assert_close(whole.sum(-1), torch.ones(6))
-    assert whole.std(0).min() > 0.05
-    torch.testing.assert_close(part, whole[:4], atol=0, rtol=0)
-    assert (router(torch.ones(4), 6) - whole).abs().max() > 0.05, "the router does not read the architecture"
 
 
 @pytest.mark.parametrize("routing", ["layer", "neuron"])
@@ -155,17 +75,6 @@ def test_equal_copies_are_plain_slicing_whatever_the_router_says(routing: str) -
         assert (logits(apart, arch) - expected).abs().max() > 0.01
 
 
-@pytest.mark.parametrize(("init", "size"), [("copies", 1.0), ("random", 3**-0.5), ("scaled", 1.0)])
-def test_an_even_mixture_is_as_large_as_the_start_says(init: str, size: float) -> None:
-    torch.manual_seed(0)
-    stock = nn.Linear(200, 300)
-    copies = ElasticLinear(stock, 3, init).weight.detach()
-    even = mix(copies, torch.full((1, 3), 1 / 3))
-    assert float(even.std() / stock.weight.detach().std()) == pytest.approx(size, rel=0.02)
-    first = copies[0] / (3**0.5 if init == "scaled" else 1)
-    torch.testing.assert_close(first, stock.weight.detach())
-
-
 def test_the_largest_plain_supernet_is_the_stock_model() -> None:
     stock = tiny_model("llama")
     with torch.no_grad():
@@ -173,14 +82,6 @@ def test_the_largest_plain_supernet_is_the_stock_model() -> None:
     model = supernet("none")
     torch.testing.assert_close(logits(model, LARGE), expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(logits(model, None), logits(model, LARGE)), "without a session the largest runs"
-
-
-def test_dropout_of_the_router_is_for_training_only() -> None:
-    layer = build(router_dropout=0.5, router_hidden=40)
-    x = torch.randn(3, 4)
-    assert not torch.equal(layer.train()(x), layer(x))
-    assert torch.equal(layer.eval()(x), layer(x))
-    torch.testing.assert_close(layer(x), loop(layer, x, 4, 6, [1.0] * 4), atol=1e-5, rtol=1e-5)
 
 
 # -- slices of a whole model ------------------------------------------------------------------------------------
@@ -252,6 +153,23 @@ def test_every_architecture_collapses_to_a_plain_model_of_equal_logits(family: s
         for parameter in plain.parameters():
             parameter.zero_()
     assert torch.equal(logits(model, None), before), "the plain model shares memory with the supernet"
+
+
+def test_a_collapse_keeps_the_type_the_settings_and_the_mode_and_drops_no_feature() -> None:
+    model = supernet(router_dropout=0.5, router_hidden=20)
+    model.generation_config.max_new_tokens = 7
+    expected = logits(model, MIDDLE)
+    for training in (False, True):
+        plain = collapse(model.train(training), MIDDLE)
+        assert model.training is training
+        assert not plain.training
+        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    assert plain.generation_config.max_new_tokens == 7
+    assert plain.generation_config is not model.generation_config
+    half = collapse(model.bfloat16().eval(), MIDDLE)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    ours = logits(model, MIDDLE)
+    torch.testing.assert_close(half(input_ids=IDS).logits, ours, atol=0.02 * float(ours.abs().max()), rtol=0)
 
 
 def gradients(model: nn.Module, arch=None) -> dict[str, Tensor]:
@@ -413,6 +331,8 @@ def test_another_encoding_than_the_trained_one_is_refused(tmp_path) -> None:
         ({**SMALL, "hidden": 24}, r"hidden=24.* not in the space: hidden \[16, 32\], inner \[1.0, 1.5\] x hidden"),
         ({**SMALL, "layers": 3}, r"layers \[1, 2\]"),
         ({**SMALL, "heads": 4}, "heads hidden / 8"),
+        ({**SMALL, "hidden": 16.0}, r"hidden=16\.0.* not in the space"),
+        ({**SMALL, "hidden": [16]}, r"hidden=\[16\].* not in the space"),
         ({"hidden": 16}, "sizes hidden, heads, inner, layers"),
         ("small", "arch='small'"),
     ],
@@ -431,6 +351,7 @@ def test_an_architecture_outside_the_space_is_refused(arch, message: str) -> Non
         ({"ratio": [0.3]}, "ratio=0.3 of hidden=16 is 4.8 neurons"),
         ({"heads": [3, 5]}, r"none of hidden=\[16, 32\] is a multiple of one of heads=\[3, 5\]"),
         ({"heads": [4, 5]}, "hidden=32 is no multiple of heads=5"),
+        ({"ratio": [float("inf")]}, "finite number"),
         ({"layers": []}, "at least 1 item"),
         ({"hidden": [0]}, "greater than or equal to 1"),
         ({"hidden": list(range(8, 8008, 8)), "layers": list(range(1, 12))}, "22000 combinations, at most 10000"),

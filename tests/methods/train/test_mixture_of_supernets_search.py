@@ -97,6 +97,21 @@ def test_losses_are_those_of_the_architectures() -> None:
     assert set(objective(model.train(), BATCH, {}, config(pop_size=0))) == {"largest", "smallest"}
 
 
+def test_padding_is_no_part_of_a_loss_and_low_precision_none_of_its_sum() -> None:
+    model = supernet()
+    padded = {
+        "input_ids": F.pad(IDS, (3, 0), value=1),
+        "attention_mask": F.pad(torch.ones_like(IDS), (3, 0)),
+        "position_ids": F.pad(torch.arange(5).repeat(2, 1), (3, 0)),
+        "labels": F.pad(LABELS[:, 1:], (4, 0), value=-100),  # padding foretells no first token
+    }
+    plain, found = (objective(model.eval(), batch, {}, config()) for batch in (BATCH, padded))
+    for name, term in plain.items():
+        torch.testing.assert_close(found[name].total, term.total, atol=1e-4, rtol=1e-5)
+    for term in objective(model.bfloat16(), BATCH, {}, config()).values():
+        assert term.total.dtype == torch.float32
+
+
 def test_the_largest_teaches_the_others_when_asked() -> None:
     model = supernet(distill=True).train()
     space = encoder_of(model).space
@@ -109,6 +124,9 @@ def test_the_largest_teaches_the_others_when_asked() -> None:
     found = objective(model, BATCH, {}, config(distill=True, pop_size=0))
     torch.testing.assert_close(found["smallest"].total, expected, atol=0, rtol=1e-5)
     torch.testing.assert_close(found["largest"].total, summed(model, space.largest), atol=0, rtol=1e-5)
+    with torch.no_grad():
+        held_out = objective(model.eval(), BATCH, {}, config(distill=True))
+        assert held_out["smallest"].total == pytest.approx(float(summed(model, space.smallest)), rel=1e-5)
     found["smallest"].total.backward()
     gradient = model.model.embed_tokens.weight.grad
     assert gradient[:, :16].abs().max() > 0
@@ -177,6 +195,13 @@ def test_evolution_asks_for_fewer_losses_than_there_are_architectures() -> None:
     assert fitness(found.arch) <= sorted(map(fitness, WIDE.archs))[7]
     again = hunt(generations=4)
     assert again == found, "a seed gives the same search"
+
+
+@pytest.mark.parametrize("change", [{"population": 0}, {"parents": 0}, {"mutate": 1.5}, {"mutate": -0.1}])
+def test_a_search_without_parents_or_children_is_refused(change: dict) -> None:
+    name, value = next(iter(change.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        Search(WIDE, fitness, Limits(), parameters=weights, latency=time_of).run(**change)
 
 
 def test_only_what_has_the_size_is_timed() -> None:
@@ -249,6 +274,8 @@ def test_the_space_lists_what_is_possible_and_nothing_else() -> None:
     assert space.smallest == Arch(hidden=12, inner=10, heads=2, layers=1)
     assert space.largest == Arch(hidden=24, inner=20, heads=8, layers=1)
     assert all(space.decode(genes) == arch for arch, genes in space.by_arch.items())
+    rounded = Space(hidden=[10, 30], head_dim=10, ratio=[0.7, 1.1], layers=[1])  # 0.7 x 10 is 7.000000000000001
+    assert [arch.inner for arch in rounded.archs] == [7, 11, 21, 33]
     other = Space(hidden=[12, 24], head_dim=4, heads=[2, 3, 8], inner=[10, 21], layers=[1])
     assert space.digest() != other.digest()
     assert space.digest() == Space(**space.model_dump()).digest()

@@ -263,8 +263,8 @@ def test_the_auxiliary_loss_is_about_the_true_selection_and_reaches_nothing_else
     routing = layer.route(x, ctx)
     total = torch.zeros(())
     for t, image in enumerate((ids >= FIRST).tolist()):
-        router = layer.router.auxiliary.groups[int(image)]
-        answer = torch.sigmoid(router.out @ nn.functional.silu(router.narrow @ x[t]))
+        router, mine = layer.router.auxiliary, slice(2 * int(image), 2 * int(image) + 2)
+        answer = torch.sigmoid(router.out[mine] @ nn.functional.silu(router.narrow[int(image)] @ x[t]))
         for e in range(2):
             took = bool(((routing.token_N == t) & (routing.expert_N == e + 2 * image)).any())
             total = total - torch.log(answer[e] if took else 1 - answer[e]) / 2
@@ -287,8 +287,8 @@ def test_trained_routers_select_in_evaluation_without_limit_and_the_main_router_
     assert routing.causal
     expected = {}
     for t, image in enumerate((ids >= FIRST).tolist()):
-        router = layer.router.auxiliary.groups[int(image)]
-        answer = torch.sigmoid(router.out @ nn.functional.silu(router.narrow @ x[t]))
+        router, mine = layer.router.auxiliary, slice(2 * int(image), 2 * int(image) + 2)
+        answer = torch.sigmoid(router.out[mine] @ nn.functional.silu(router.narrow[int(image)] @ x[t]))
         for e in range(2):
             if answer[e] > 0.7:
                 number = e + 2 * int(image)
@@ -369,7 +369,7 @@ def test_generating_is_refused_until_the_auxiliary_routers_are_trained() -> None
         model.generate(IDS, **ask)
     half = whole()
     with torch.no_grad():
-        half.model.layers[1].mlp.router.auxiliary.groups[1].out.zero_()
+        half.model.layers[1].mlp.router.auxiliary.out[2:].zero_()
     with pytest.raises(ContextError, match=r"model\.layers\.1\.mlp"):
         half.generate(IDS, **ask)
     seen = half.generate(IDS[:, :3] % FIRST, **{**ask, "max_new_tokens": 1})
@@ -485,6 +485,7 @@ def test_the_objective_splits_the_loss_by_modality_and_says_whether_it_was_causa
         ({"modality": MODALITY, "threshold": 1.0}, "threshold"),
         ({"modality": MODALITY, "noise": "normal"}, "noise"),
         ({"modality": {"image": [[-1, 3]]}}, "modality"),
+        ({"modality": ""}, "modality is an empty name"),
         ({}, "modality is missing"),
     ],
 )

@@ -133,6 +133,14 @@ def test_second_experts_by_policy() -> None:
     torch.testing.assert_close(asked, torch.tensor([0.05, 0.25, 0.5, 1.0, 1.0]).double(), atol=0.032, rtol=0)
 
 
+def test_a_second_expert_is_asked_by_its_share_of_the_two() -> None:
+    p = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.85, 0.05, 0.05, 0.05]])  # shares 0.333 and 0.056
+    router = head(eval_second_policy="threshold", second_threshold=0.3, **FREE).eval().router
+    routing = router.choose(Scores(p.log(), p, p, p), context(1, 2))
+    assert routing.token_N.tolist() == [0, 0, 1]
+    torch.testing.assert_close(routing.weight_N, torch.tensor([2 / 3, 1 / 3, 0.85 / 0.9]))
+
+
 def test_a_second_expert_that_is_not_asked_takes_no_place_and_leaves_the_weight_of_the_first() -> None:
     layer = head(eval_second_policy="none", second_policy="none", **FREE).eval()
     x = rows(6)
@@ -150,6 +158,24 @@ def test_the_random_policy_draws_while_training_and_evaluation_repeats_its_bits(
     assert torch.equal(*evaluated)
     trained = [layer.train()(x) for _ in range(2)]
     assert not torch.equal(*trained)
+
+
+def test_places_follow_the_mode() -> None:
+    layer = head(capacity_factor=1.0, eval_capacity_factor=2.0, min_capacity=1)
+    collapse(layer)
+    x = rows(2, 12).abs()
+    for mode, kept in ((True, 3), (False, 6)):  # 12 f / 4
+        moved = (layer.train(mode)(x) != x).any(-1)
+        assert moved.tolist() == [[True] * kept + [False] * (12 - kept)] * 2
+
+
+def test_a_limit_is_not_causal_and_what_runs_is_told_where_settings_say_it() -> None:
+    free, only, none = head(**FREE).router, head(capacity_factor=None).router, head(eval_second_policy="none", **FREE)
+    assert (free.causal, only.causal) == (True, False)
+    assert [r.train(False).real_per_token(9) for r in (free, only, none.router)] == [2, None, 1]
+    assert [r.train(True).real_per_token(9) for r in (free, only)] == [None, None]  # drawn
+    assert route(free.eval(), rows(9), context(1, 9)).causal
+    assert not route(only.eval(), rows(9), context(1, 9)).causal
 
 
 def test_padding_takes_no_place_and_changes_no_place() -> None:
@@ -202,6 +228,25 @@ def test_the_loss_is_one_for_uniform_gates_or_balanced_choice_and_e_at_collapse(
     collapsed = torch.zeros(1, 6, 4)
     collapsed[..., 2] = 100.0
     assert loss_of(collapsed) == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_elsewhere_the_loss_is_of_first_choices_over_the_batch(top_k: int) -> None:
+    use = method("train.switch_encoder")
+    site = Site(path="layer.0.mlp", kind="mlp", module=nn.Identity(), dim=DIM, layer=0, num_layers=1)
+    weight = "straight" if top_k == 1 else "normalised"
+    settings = {"placement": "replace", "num_experts": 4, "top_k": top_k, "weight": weight, "expert_size": 6}
+    layer = use.build(site, use.configure(settings), Shared())
+    x = rows(2, 9) * 30
+    valid = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+    ctx = context(2, 9, valid=valid.flatten().tolist())
+    routing = route(layer.router, x.flatten(0, 1), ctx)
+    p = (x @ layer.router.weight.detach().T).softmax(-1)[valid]
+    f = nn.functional.one_hot(p.argmax(-1), 4).float().mean(0)
+    assert layer.losses["balance"].unit == "batch"
+    loss = layer.losses["balance"]("site", routing, ctx)
+    assert loss.requires_grad
+    assert float(loss.detach()) == pytest.approx(float(4 * (f * p.mean(0)).sum()))
 
 
 def test_one_is_no_bound_of_the_loss() -> None:
@@ -280,3 +325,22 @@ def test_experts_of_a_head_start_uniform() -> None:
     for matrix, bound in ((bank.up_weight, 256**-0.5), (bank.down_proj, 64**-0.5)):
         assert 0.99 * bound < matrix.abs().max() <= bound
         assert float(matrix.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"placement": "head", "top_k": 1}, True),
+        ({"placement": "head"}, False),
+        ({"placement": "head", "num_experts": 1}, False),
+        ({"placement": "stack", "weight": "normalised", "layers": 1}, True),
+        ({"placement": "stack", "layers": 1}, False),
+    ],
+)
+def test_a_router_that_would_learn_nothing_is_told(
+    settings: dict[str, Any], said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    use = method("train.switch_encoder")
+    site = Site(path="b", kind="block", module=nn.Identity(), dim=DIM, layer=0, num_layers=1)
+    use.build(site, use.configure(settings), Shared())
+    assert ("gives the router no gradient" in caplog.text) == said

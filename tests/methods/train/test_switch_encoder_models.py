@@ -16,6 +16,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.session import session
 from moestro.data.dataset import Dataset
+from moestro.models.load import adopt
 from moestro.models.swap import swap
 from moestro.testing.tiny import tiny_model
 from moestro.training.loop import Trainer
@@ -38,7 +39,7 @@ def encoder(name: str | None = None, *, spread: bool = True, **more: Any) -> Any
     plain = tiny_model(
         "bert", cls="BertForQuestionAnswering", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
-    model = moestro.models.load.adopt(plain)
+    model = adopt(plain)
     if name is not None:
         config, layers = PLACES[name]
         torch.manual_seed(0)
@@ -89,7 +90,7 @@ def test_only_the_straight_weight_shows_the_task_to_the_router() -> None:
 
 def test_a_decoder_can_hold_copies_at_its_mlp_and_generates_alike_with_a_cache(tmp_path: Path) -> None:
     dense = tiny_model("llama")
-    model = moestro.models.load.adopt(tiny_model("llama"))
+    model = adopt(tiny_model("llama"))
     swap(model, "train.switch_encoder", REPLACE)
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-5)
@@ -140,6 +141,58 @@ def test_a_stack_is_its_formula_with_its_gradients() -> None:
     for one, two in zip(ours, theirs, strict=True):
         two = torch.zeros_like(one) if two is None else two
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_half_precision_and_a_single_token_stay_close_to_the_full_one(name: str) -> None:
+    model = encoder(name)
+    with torch.no_grad():
+        full = [logits(model), logits(model, IDS[:, :1], None)]
+        model.to(torch.bfloat16)
+        half = [logits(model), logits(model, IDS[:, :1], None)]
+    for one, two in zip(full, half, strict=True):
+        assert two.dtype == torch.bfloat16
+        near = (one - two.float()).norm() / one.norm()  # a token at the border of two experts may change sides
+        assert near < 0.1
+    logits(model.train()).float().square().sum().backward()
+    for layer in mixture_layers(model).values():
+        assert layer.router.weight.grad.abs().max() > 0
+        assert layer.router.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "inner"), [(None, 48), (20, 20)])
+def test_experts_are_as_wide_as_the_feed_forward_unless_told(size: int | None, inner: int) -> None:
+    for name in ("head", "stack"):
+        for layer in mixture_layers(encoder(name, expert_size=size)).values():
+            assert layer.bank.inner == inner
+    (layer,) = mixture_layers(encoder("replace")).values()
+    assert layer.bank.inner == 48
+
+
+def test_dropout_of_a_stack_is_on_both_branches_and_in_attention_while_training() -> None:
+    block = encoder("stack", dropout=0.4).bert.encoder.layer[1].top.layers[0]
+    valid = torch.ones(1, 200, dtype=torch.bool)
+    h = torch.randn(1, 200, 32, generator=torch.Generator().manual_seed(0))
+    calls: list[Tensor] = []
+    block.dropout.register_forward_hook(lambda module, given, found: calls.append((found == 0).float().mean()))
+    with torch.no_grad():
+        block.train()(h, valid)
+        attended = [block.attention(h, valid) for _ in range(2)]
+        assert not torch.equal(*attended)
+        assert [float(share) for share in calls] == pytest.approx([0.4, 0.4], abs=4 * (0.24 / 6400) ** 0.5)
+        block.eval()
+        assert torch.equal(block.attention(h, valid), block.attention(h, valid))
+        assert torch.equal(block(h, valid), block(h, valid))
+
+
+def test_a_sequence_of_padding_alone_stays_finite_and_changes_no_other() -> None:
+    model = encoder("stack")
+    ids = torch.cat([IDS, torch.zeros_like(IDS[:1])])
+    with torch.no_grad():
+        found = model.bert(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+        alone = model.bert(input_ids=IDS, attention_mask=MASK).last_hidden_state
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:2][MASK.bool()], alone[MASK.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_all_layers_and_experts_of_a_stack_start_alike_and_are_apart() -> None:
@@ -271,6 +324,9 @@ def test_two_phases_freeze_the_experts_and_change_to_the_target(tmp_path: Path) 
         ({**REPLACE, "num_experts": 1, "top_k": 2}, {}, "top_k=2 but num_experts=1"),
         ({**REPLACE, "residual": False}, {}, "residual=False is for placement='head'"),
         ({**HEAD, "activation": "swiglu_oss"}, {}, "needs gated experts"),
+        ({**HEAD, "layers": 3}, {}, "layers=3 is of a stack, but placement='head'; leave it out"),
+        ({**REPLACE, "dropout": 0.1}, {}, "dropout=0.1 is of a stack"),
+        ({**HEAD, "capacity_factor": float("inf")}, {}, "finite"),
         ({**HEAD, "capacity_factor": 0}, {}, "greater than 0"),
         ({**HEAD, "second_threshold": 1.5}, {}, "less than or equal to 1"),
         (HEAD, {"layers": [0]}, r"goes on the last layer; give kind \(sites\): block and layers: \[1\]"),
@@ -291,7 +347,7 @@ def test_wrong_settings_are_refused_and_leave_the_model_alone(
 
 
 def test_a_decoder_takes_no_stack_and_a_mixture_is_not_replaced_again() -> None:
-    decoder = moestro.models.load.adopt(tiny_model("llama"))
+    decoder = adopt(tiny_model("llama"))
     with pytest.raises(ConfigError, match="attends both ways, but llama has a decoder"):
         swap(decoder, "train.switch_encoder", STACK, kind="block", layers=[1])
     model = encoder("replace")

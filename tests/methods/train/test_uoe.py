@@ -11,7 +11,7 @@ from moestro.core.cost import RowCounter, Work, cost
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.registry import method
 from moestro.core.router import Router
-from moestro.core.routing import Routing
+from moestro.core.routing import Routing, Scores
 from moestro.core.session import Edit, session
 from moestro.core.site import Shared, Site
 from moestro.methods.train.uoe import Config, UnionLayer, combined, recompose
@@ -266,6 +266,25 @@ def test_keep_ratio_is_taken_as_written_and_never_gives_no_token() -> None:
     assert union_of(dense_of("gelu"), mode="expert_choice", top_k=1).router.real_per_token(8) == 1
 
 
+class Close(Edit):
+    """Slice 2 may not take the tokens 1 to 3."""
+
+    def on_scores(self, site: str, scores: Scores, ctx: RoutingContext) -> Scores:
+        select_TC = scores.select_TC.clone()
+        select_TC[1:4, 2] = float("-inf")
+        return scores.replace(select_TC=select_TC)
+
+
+def test_a_slice_takes_no_position_that_was_closed() -> None:
+    layer = union_of(dense_of("gelu"), mode="expert_choice", keep_ratio=1.0)
+    with session(edits=[Close()], collect=True) as opened:
+        layer(x_of(1))
+    routing = opened.take()[0].routings["mlp"]
+    assert routing is not None
+    assert routing.token_N[routing.expert_N == 2].tolist() == [0, 4, 5, 6]
+    assert routing.counts_C().tolist() == [7, 7, 4, 7]
+
+
 def test_one_gate_chooses_for_the_whole_sequence() -> None:
     dense = dense_of("gelu")
     layer, x = union_of(dense, **MODES["sequence"]), x_of()
@@ -278,6 +297,25 @@ def test_one_gate_chooses_for_the_whole_sequence() -> None:
     torch.testing.assert_close(layer(x), torch.stack(expected), atol=1e-5, rtol=1e-5)
     with pytest.raises(ContextError, match=r"a sequence of 6 for sequence_length=7; pad it"):
         layer(x[:, :6])
+
+
+def test_dropout_of_the_hidden_units_is_the_blocks_own() -> None:
+    """All of it dropped, so that nothing is left to chance: the output bias alone, and while training only."""
+    dense = dense_of("gelu")
+    dense.dropout = nn.Dropout(1.0)
+    layer, x = union_of(dense, **ALL), x_of()
+    assert torch.equal(layer(x), dense.down_proj.bias.expand_as(x))
+    torch.testing.assert_close(layer.eval()(x), dense_of("gelu")(x), atol=1e-5, rtol=1e-5)
+    assert not recompose(layer).training
+    assert recompose(layer.train()).training
+
+
+@pytest.mark.parametrize("form", ["gelu", "swiglu"])
+def test_slices_weigh_together_what_the_block_weighs_without_its_output_bias(form: str) -> None:
+    dense = dense_of(form)
+    layer = union_of(dense)
+    total = 4 * (sum(p.numel() for p in dense.parameters()) - (DIM if form == "gelu" else 0))
+    assert [layer.bank.nbytes(i) for i in range(4)] == [total / 4] * 4
 
 
 class Only(Edit):
@@ -310,7 +348,11 @@ def test_the_balance_loss_is_switch_over_slices() -> None:
     term = opened.take()[0].losses[("mlp", "balance")]
     g = (x.flatten(0, 1) @ layer.router.weight.T + layer.router.bias).softmax(-1)
     share = torch.bincount(g.topk(2).indices.flatten(), minlength=4) / 28
-    torch.testing.assert_close(term.total, 4 * (share * g.mean(0)).sum())
+    expected = 4 * (share * g.mean(0)).sum()
+    torch.testing.assert_close(term.total, expected)
+    ours, theirs = (torch.autograd.grad(loss, layer.router.weight)[0] for loss in (term.total, expected))
+    assert theirs.abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs)
     assert not union_of(dense_of("gelu"), losses={}).losses
 
 

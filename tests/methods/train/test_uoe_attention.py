@@ -274,6 +274,54 @@ def test_a_mask_of_the_call_rules_over_the_order(kind: str) -> None:
         layer(x, attention_mask=torch.ones(1, 6))
 
 
+@pytest.mark.parametrize("hiding", [-1e4, -1e9, float("-inf")])
+def test_whatever_hides_is_hidden_and_biases_are_refused(hiding: float) -> None:
+    layer, x = union_of(dense_of(), top_k=2), x_of(1, 6)
+    mask = torch.zeros(6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), hiding)[None, None]
+    torch.testing.assert_close(layer(x, attention_mask=mask)[0], layer(x)[0])
+    mask[0, 0, 4, 2] = -0.5
+    with pytest.raises(ContextError, match=r"attention: the mask adds -0.5 to a score.*leave this attention dense"):
+        layer(x, attention_mask=mask)
+
+
+def test_a_query_that_may_see_nothing_sees_itself() -> None:
+    dense = dense_of()
+    layer, x = union_of(dense, top_k=4), x_of(1, 4)
+    mask = torch.ones(4, 4).tril().bool()
+    mask[1] = False
+    alone = mask.clone()
+    alone[1, 1] = True
+    found, expected = (layer(x, attention_mask=m[None, None])[0] for m in (mask, alone))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(found[:, 1], dense(x[:, 1:2])[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_scores_are_scaled_as_in_the_dense_attention() -> None:
+    """Scores twice as large are queries twice as large."""
+    dense = dense_of()
+    dense.scaling = 2 * HEAD**-0.5
+    layer = union_of(dense, top_k=4)
+    twice = dense_of()
+    with torch.no_grad():
+        twice.q_proj.weight *= 2
+    torch.testing.assert_close(layer(x_of())[0], twice(x_of()), atol=1e-5, rtol=1e-5)
+    assert (twice(x_of()) - dense_of()(x_of())).abs().max() > 0.1
+
+
+def test_attention_weights_are_dropped_while_training_only() -> None:
+    dense = dense_of(bias=True)
+    dense.attention_dropout = 1.0
+    layer, x = union_of(dense, top_k=4), x_of()
+    torch.testing.assert_close(layer(x)[0], dense.o_proj.bias.expand_as(x), atol=0, rtol=0)
+    torch.testing.assert_close(layer.eval()(x)[0], dense_of(bias=True)(x), atol=1e-5, rtol=1e-5)
+
+
+def test_slices_weigh_their_own_rows_and_the_key_heads_they_read() -> None:
+    layer = union_of(dense_of(4, 2, bias=True))
+    query, unit = HEAD * (DIM + 1), HEAD * (DIM + 1)  # rows of a matrix and their bias
+    assert [layer.bank.nbytes(i) for i in range(4)] == [4 * (query + 2 * unit + HEAD * DIM)] * 4
+
+
 @pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
 def test_operations_of_a_run_are_those_of_the_formula(keep: float) -> None:
     """Equal numbers of tokens a head and no causal mask: kernels compute nothing that is not counted."""

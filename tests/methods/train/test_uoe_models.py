@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 import moestro
-from moestro.core.errors import ConfigError
+from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import mixture_layers
 from moestro.core.session import session
 from moestro.methods.train.uoe import UnionAttention, UnionLayer, recompose
 from moestro.models.load import adopt
 from moestro.models.swap import state_of, swap
-from moestro.testing.tiny import tiny_model
+from moestro.testing.tiny import tiny_config, tiny_model
+from moestro.training.size import size_of
 
 
 IDS = torch.tensor([[3, 9, 41, 5, 77, 12, 8, 30, 61], [23, 60, 4, 90, 15, 33, 2, 7, 18]])
@@ -40,6 +42,15 @@ def test_all_slices_for_all_tokens_give_the_logits_of_the_dense_model(family: st
     model = union(family, heads={"top_k": 4}, units={"top_k": 4})
     torch.testing.assert_close(model(IDS).logits, tiny_model(family)(IDS).logits, atol=1e-5, rtol=1e-5)
     assert (union(family)(IDS).logits - tiny_model(family)(IDS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_token_uses_half_of_what_is_cut(family: str) -> None:
+    model, cut = union(family), ("mlp.up", "mlp.gate", "mlp.down", "q_proj", "k_proj", "v_proj", "o_proj")
+    sliced = {name: p.numel() for name, p in model.named_parameters() if any(part in name for part in cut)}
+    assert any(name.endswith("bias") for name in sliced) == (family == "qwen2")
+    found = size_of(model, 9)
+    assert found.parameters - found.active == sum(sliced.values()) / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -83,6 +94,46 @@ def test_decoding_with_a_cache_equals_the_full_forward(family: str, positions: s
     torch.testing.assert_close(torch.cat(logits, 1), full, atol=1e-5, rtol=1e-5)
 
 
+def test_norms_of_queries_and_keys_stay_apart() -> None:
+    dense = tiny_model("qwen3")
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            layer.self_attn.q_norm.weight.copy_(torch.linspace(0.2, 3.0, len(layer.self_attn.q_norm.weight)))
+    model = adopt(copy.deepcopy(dense))
+    swap(model, "train.uoe", {"top_k": 4}, kind="attention")
+    torch.testing.assert_close(model(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("positions", ["original", "compacted"])
+def test_a_cache_that_was_cropped_forgets_what_heads_held(positions: str) -> None:
+    model = union("llama", heads={"position_ids": positions})
+    with torch.no_grad():
+        cache = model(IDS[:, [0, 1, 2, 3, 8, 7, 6]], use_cache=True).past_key_values
+        cache.crop(-3)
+        found = model(IDS[:, 4:], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(found, model(IDS).logits[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_caches_that_do_not_fit_are_refused() -> None:
+    model, dense = union("llama"), tiny_model("llama")
+    with torch.no_grad():
+        cache = dense(IDS[:, :4], use_cache=True).past_key_values
+        with pytest.raises(ContextError, match="the cache holds 4 positions of another model; start a new one"):
+            model(IDS[:, 4:], past_key_values=cache, use_cache=True)
+        model = adopt(MistralForCausalLM(MistralConfig(**{**tiny_config("mistral").to_dict(), "sliding_window": 4})))
+        swap(model, "train.uoe", {"top_k": 2}, kind="attention")
+        cache = model(IDS, use_cache=True).past_key_values
+        with pytest.raises(ContextError, match="the cache dropped 6 positions; use one without a window"):
+            model(IDS[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_heads_need_whole_sequences() -> None:
+    model = union("llama")
+    swap(model, "train.mixture_of_depths", {}, kind="block", layers=[1])
+    with pytest.raises(ContextError, match=r"6 of 18 tokens come here, heads need whole sequences; keep sliced"):
+        model(IDS)
+
+
 @pytest.mark.parametrize("positions", ["original", "compacted"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 def test_generation_is_the_same_with_and_without_a_cache(positions: str, options: dict[str, Any]) -> None:
@@ -108,7 +159,10 @@ def test_padding_changes_nothing(positions: str, side: str, kind: str) -> None:
     mask = (padded != 0).long()
     place = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
+        heads: list[Tensor] = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda m, given, out: heads.append(out[0]))
         found = model(padded, attention_mask=mask, position_ids=place).logits[:, start : start + 9]
+        assert (heads[0][mask == 0] == 0).all(), "heads leave padding out"
         torch.testing.assert_close(found, model(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -215,6 +269,29 @@ def test_heads_of_an_encoder_may_choose_positions(mode: str, tmp_path: Path) -> 
         moestro.save(model, tmp_path / "own")
         assert torch.equal(moestro.load(tmp_path / "own")(IDS).logits, found)
         assert torch.equal(recompose(model)(IDS).logits, dense(IDS).logits)
+
+
+def test_padding_says_nothing_to_the_gate_of_a_sequence() -> None:
+    model = adopt(tiny_model("bert"))
+    swap(model, "train.uoe", {"mode": "sequence", "sequence_length": 12}, kind="attention")
+    gates = [layer.router for layer in mixture_layers(model).values()]
+    padded = [torch.cat([IDS, torch.full((2, 3), filling)], 1) for filling in (0, 50)]
+    mask = (padded[0] != 0).long()
+    with torch.no_grad():
+        for gate in gates:
+            gate.weight.normal_(generator=torch.Generator().manual_seed(7))
+        first, second = (model(ids, attention_mask=mask).logits[:, :9] for ids in padded)
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def test_what_follows_the_heads_of_an_encoder_is_its_own() -> None:
+    """With all of the heads' output dropped, what is left of a layer's attention is the norm of its input."""
+    model = adopt(tiny_model("bert"))
+    swap(model, "train.uoe", {}, kind="attention")
+    layer = next(iter(mixture_layers(model).values()))
+    layer.train().output.dropout.p = 1.0
+    x = torch.randn(2, 5, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(layer(x)[0], layer.output.LayerNorm(x))
 
 
 def test_feed_forwards_of_an_encoder_may_choose_positions_and_its_decoder_may_not() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.core.context import RoutingContext
-from moestro.core.cost import Work, cost
+from moestro.core.cost import Work
 from moestro.core.errors import ContextError
 from moestro.core.losses import RoutingLoss
 from moestro.core.router import exact_linear
@@ -32,26 +32,12 @@ BATCH = "batch_selection"  # session's value: 1 chooses over the batch in evalua
 MOMENTUM = 0.1
 
 
-class AuxiliaryRouter(nn.Module):
-    """a(x) as logits. Parameters: ``narrow`` [bottleneck, D], ``out`` [C, bottleneck], the latter zero at first."""
-
-    def __init__(self, dim: int, bottleneck: int, num_choices: int) -> None:
-        super().__init__()
-        self.narrow = nn.Parameter(torch.empty(bottleneck, dim))
-        self.out = nn.Parameter(torch.zeros(num_choices, bottleneck))
-        if not self.narrow.is_meta:
-            nn.init.normal_(self.narrow, std=dim**-0.5)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Logits [T, C] in float32."""
-        return exact_linear(nn.functional.silu(exact_linear(x_TD, self.narrow)), self.out)
-
-
 class AuxiliaryRouters(nn.Module):
     """One auxiliary router for each group of choices.
 
-    Buffer ``threshold`` [C]: in logits; with ``calibrated`` the moving average of where as many tokens lie above it as
-    the main router chose.
+    Parameters: ``narrow`` [groups, bottleneck, D]; ``out`` [C, bottleneck], group after group, zero at first. Buffer
+    ``threshold`` [C]: in logits; with ``calibrated`` the moving average of where as many tokens lie above it as the
+    main router chose.
 
     Args:
         dim: D. sizes: choices of each group. bottleneck: None for D / 2. threshold: of a, or ``calibrated``.
@@ -63,16 +49,18 @@ class AuxiliaryRouters(nn.Module):
         self, dim: int, sizes: Sequence[int], bottleneck: int | None, threshold: float | Literal["calibrated"]
     ) -> None:
         super().__init__()
-        narrow = bottleneck or max(1, dim // 2)
-        self.sizes = tuple(sizes)
-        self.groups = nn.ModuleList(AuxiliaryRouter(dim, narrow, size) for size in sizes)
+        self.sizes = list(sizes)
+        self.narrow = nn.Parameter(torch.empty(len(sizes), bottleneck or max(1, dim // 2), dim))
+        self.out = nn.Parameter(torch.zeros(sum(sizes), self.narrow.shape[1]))
+        if not self.narrow.is_meta:
+            nn.init.normal_(self.narrow, std=dim**-0.5)
         self.calibrated = threshold == "calibrated"
         start = 0.0 if isinstance(threshold, str) else math.log(threshold / (1 - threshold))
         self.register_buffer("threshold", torch.full((sum(sizes),), start))
 
     def trained(self, members: Sequence[Tensor] | None = None) -> bool:
         """Whether some group's router has left its start; with ``members`` those of all groups that have any."""
-        moved = [bool(router.get_parameter("out").detach().any()) for router in self.groups]
+        moved = [bool(out_CI.any()) for out_CI in torch.split(self.out.detach(), self.sizes)]
         if members is None:
             return any(moved)
         return all(known or not len(index_M) for known, index_M in zip(moved, members, strict=True))
@@ -85,10 +73,11 @@ class AuxiliaryRouters(nn.Module):
         """
         logits_TC = torch.full((x_TD.shape[0], sum(self.sizes)), float("-inf"), device=x_TD.device)
         first = 0
-        for router, index_M, size in zip(self.groups, members, self.sizes, strict=True):
-            columns_C = torch.arange(first, first + size, device=x_TD.device)
-            logits_TC = logits_TC.index_put((index_M[:, None], columns_C), router(x_TD.detach()[index_M]))
-            first += size
+        for narrow_ID, out_CI, index_M in zip(self.narrow, torch.split(self.out, self.sizes), members, strict=True):
+            columns_C = torch.arange(first, first + len(out_CI), device=x_TD.device)
+            inner_MI = nn.functional.silu(exact_linear(x_TD.detach()[index_M], narrow_ID))
+            logits_TC = logits_TC.index_put((index_M[:, None], columns_C), exact_linear(inner_MI, out_CI))
+            first += len(out_CI)
         return logits_TC
 
     @torch.no_grad()
@@ -101,10 +90,9 @@ class AuxiliaryRouters(nn.Module):
 
     def flops_per_token(self, work: Work) -> float:
         """Mean over the groups: a token runs through one of them, and in evaluation only through trained ones."""
-        meta = any(parameter.is_meta for parameter in self.parameters())
-        if not (work.training or meta or self.trained()):
+        if not (work.training or self.out.is_meta or self.trained()):
             return 0.0
-        return sum(cost(router, work) for router in self.groups) / len(self.groups)
+        return 2 * (self.narrow.numel() + self.out.numel()) / len(self.sizes)
 
 
 def parting_level(logits_TC: Tensor, chosen_TC: Tensor) -> tuple[Tensor, Tensor]:

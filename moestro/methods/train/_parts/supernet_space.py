@@ -54,7 +54,7 @@ class Space(BaseConfig):
     head_dim: Size
     heads: list[Size] | None = Field(default=None, min_length=1)
     inner: list[Size] | None = Field(default=None, min_length=1)
-    ratio: list[Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    ratio: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(default=None, min_length=1)
     layers: list[Size] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -67,7 +67,7 @@ class Space(BaseConfig):
                 f"hidden={odd} is no multiple of head_dim={self.head_dim}; give heads, or multiples of it"
             )
         for width, ratio in itertools.product(self.hidden, self.ratio or []):
-            if ratio * width != round(ratio * width):
+            if not math.isclose(ratio * width, round(ratio * width)):  # 1.1 x 10 is 11.000000000000002
                 raise ConfigError(f"ratio={ratio:g} of hidden={width} is {ratio * width:g} neurons, no whole number")
         count = math.prod(len(choices) for choices in self.genes)
         if count > MOST:
@@ -92,8 +92,8 @@ class Space(BaseConfig):
     def sized(self, genes: Genes) -> Arch:
         """The sizes that some choices stand for."""
         hidden, width, heads, layers = genes
-        heads = hidden // self.head_dim if heads is None else heads
-        return Arch(hidden, round(width * hidden) if self.inner is None else width, heads, layers)
+        inner = round(width * hidden) if self.inner is None else width
+        return Arch(hidden, inner, heads or hidden // self.head_dim, layers)
 
     def decode(self, genes: Genes) -> Arch | None:
         """The architecture of some choices; None where the heads do not divide the width."""
@@ -129,11 +129,12 @@ class Space(BaseConfig):
         """
         if asked is None:
             return self.largest
-        sizes = dict(asked) if isinstance(asked, Mapping) else asdict(asked) if isinstance(asked, Arch) else {}
+        sizes = asdict(asked) if isinstance(asked, Arch) else dict(asked) if isinstance(asked, Mapping) else {}
         if set(sizes) != set(FEATURES):
             raise ContextError(f"arch={asked!r}: an architecture has exactly the sizes {', '.join(FEATURES)}")
         arch = Arch(**sizes)
-        if arch not in self.by_arch:
+        # 16.0 would be found as 16, and then cut no matrix.
+        if not all(hasattr(size, "__index__") for size in sizes.values()) or arch not in self.by_arch:
             width = self.inner or f"{self.ratio} x hidden"
             heads = self.heads or f"hidden / {self.head_dim}"
             raise ContextError(
@@ -143,8 +144,7 @@ class Space(BaseConfig):
 
     def digest(self) -> bytes:
         """SHA-256 of the choices and of what the encoding divides by."""
-        text = f"{FEATURES} {constants(self)} {self.model_dump_json()}"
-        return hashlib.sha256(text.encode()).digest()
+        return hashlib.sha256(f"{FEATURES} {constants(self)} {self.model_dump_json()}".encode()).digest()
 
 
 def constants(space: Space) -> list[int]:
@@ -225,8 +225,7 @@ class Search:
     """Evolution among the architectures that keep the limits.
 
     The parents of a generation are the fittest so far. A child takes each choice from one of two parents, or, with
-    probability ``mutate``, from the space. A genetic algorithm over four short lists of choices is the forty lines
-    below; a library for it would bring more settings than it spares lines, while all the time goes into the fitness.
+    probability ``mutate``, from the space. All the time goes into the fitness; a library would spare no line.
 
     Args:
         fitness: held-out loss of an architecture, without training it; called once for each.
@@ -234,7 +233,7 @@ class Search:
             and only of what keeps the other limits.
 
     Raises:
-        ConfigError: no architecture of the space keeps the limits; the nearest one is named.
+        ConfigError: no architecture of the space keeps the limits; the range, or the fastest one, is named.
     """
 
     def __init__(
@@ -267,6 +266,8 @@ class Search:
 
     def run(self, *, generations: int = 8, population: int = 16, parents: int = 4, mutate: float = 0.3) -> Found:
         """The fittest architecture seen; each of the ``generations`` has up to ``population`` new ones."""
+        if min(population, parents) < 1 or not 0 <= mutate <= 1:
+            raise ConfigError(f"{population=}, {parents=}, {mutate=}: a search needs 1 or more of both, and 0 to 1")
         seen = dict.fromkeys(self.first(population))
         for _ in range(generations):
             best, most = sorted(seen, key=self.loss)[:parents], len(seen) + population
@@ -275,8 +276,7 @@ class Search:
                 if len(seen) < most and child is not None and child not in seen and self.keeps(child):
                     seen[child] = None
         arch = min(seen, key=self.loss)
-        latency = None if self.limits.latency is None else self.latency(arch)
-        return Found(arch, self.loss(arch), self.size(arch), latency)
+        return Found(arch, self.loss(arch), self.size(arch), self.limits.latency and self.latency(arch))
 
     def first(self, population: int) -> list[Arch]:
         """Random architectures that keep the limits."""

@@ -25,11 +25,10 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x_BSD: Tensor, valid_BS: Tensor) -> Tensor:
-        """[B, S, D] of [B, S, D]; a sequence of padding alone attends to all of it, to stay finite."""
-        open_BS = valid_BS | ~valid_BS.any(-1, keepdim=True)
+        """[B, S, D] of [B, S, D]; in a sequence of padding alone nothing attends, and torch makes that 0."""
         query, key, value = self.project(x_BSD).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(2, 3)
         mixed = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=open_BS[:, None, None], dropout_p=self.dropout if self.training else 0.0
+            query, key, value, attn_mask=valid_BS[:, None, None], dropout_p=self.dropout if self.training else 0.0
         )
         y_BSD: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return y_BSD

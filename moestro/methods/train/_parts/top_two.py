@@ -141,17 +141,16 @@ class TopTwo(LinearRouter):
 
 
 class FirstChoiceBalance(RoutingLoss):
-    """E sum_e f_e P_e of every sequence, f over first choices only.
+    """E sum_e f_e P_e, f over first choices only.
 
     Args:
-        balance: the loss over all choices, by sequence.
+        balance: the loss over all choices; it says what f and P are means over.
     """
-
-    unit = "sequence"
 
     def __init__(self, balance: RoutingLoss) -> None:
         super().__init__()
         self.balance = balance
+        self.unit = balance.unit
 
     def forward(self, site: str, routing: Routing, ctx: RoutingContext) -> Tensor:
         """See RoutingLoss.
