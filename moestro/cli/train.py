@@ -38,12 +38,13 @@ def register(app: typer.Typer) -> None:
         """
         from moestro.core.errors import ConfigError
         from moestro.training.baseline import baseline as derive
+        from moestro.training.baseline import kind_of
         from moestro.training.recipe import load_recipe
 
         settings = load_recipe(recipe)
         if measured is not None and baseline is None:
             raise ConfigError("--measured says what a baseline costs; give --baseline too")
-        made = None if baseline is None else derive(settings, baseline, measured=measured)  # type: ignore[arg-type]
+        made = None if baseline is None else derive(settings, kind_of(baseline), measured=measured)
         settings = settings if made is None else made.recipe
         if dry_run:
             _dry_run(settings, as_json, () if made is None else made.notes)

@@ -6,6 +6,7 @@ Everything is deterministic given a seed: data order, initial weights, training.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def text(vocabulary: int, length: int, rows: int, limit: int | None = None) -> T
     return Text(train, Dataset({"data": [every[int(place)] for place in places]}))
 
 
-def llama(scale: Scale, seed: int, *, watch: bool = True) -> nn.Module:
+def llama(scale: Scale, seed: int, *, watch: bool = True) -> Any:
     """A Llama model with random weights; with ``watch`` its forwards open a routing context."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -9,6 +9,7 @@ import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ from moestro.core.router import Router
 from moestro.core.routing import Routing
 from moestro.core.session import Edit, session
 from moestro.data.dataset import DataConfig, build_dataset
+from moestro.data.packing import IGNORE
 from moestro.data.tokens import byte_tokenizer
 from moestro.methods.train.adamoe import RandomDepth, keep, real_per_token
 from moestro.models.swap import swap
 from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, NotWorse, Study, Within
 from moestro.studies._language import Scale, Text, batches, llama, train
-from moestro.training.objectives import IGNORE, Batch, Causal
+from moestro.training.objectives import Batch, Causal
 from moestro.training.optimizer import make_optimizer, set_lr
 from moestro.training.recipe import OptimizerConfig
 from moestro.training.schedule import ScheduleConfig
@@ -147,8 +149,8 @@ def edits_of(arm: str, load: Mapping[str, float]) -> list[Edit]:
     """What makes a top-2 arm use fewer experts: ``load`` by site, or one."""
     load = {site: min(value, TOP_K) for site, value in load.items()}
     chance: list[Edit] = [RandomDepth(load)]
-    made = {"random_depth": chance, "random_all": chance, "top_p": [TopP(load)], "top1": [RandomDepth(1.0)]}
-    return list(made.get(arm, []))
+    made: dict[str, list[Edit]] = {"random_depth": chance, "random_all": chance, "top_p": [TopP(load)]}
+    return [RandomDepth(1.0)] if arm == "top1" else made.get(arm, [])
 
 
 @functools.cache
@@ -218,7 +220,7 @@ def rank_correlation(one: Tensor, two: Tensor) -> float:
     """Spearman's coefficient; 0 where one of the two does not vary."""
     from scipy.stats import spearmanr
 
-    if len(one.unique()) < 2 or len(two.unique()) < 2:
+    if min(len(torch.unique(ranks)) for ranks in (one, two)) < 2:
         return 0.0
     return float(spearmanr(one.numpy(), two.numpy()).statistic)
 
@@ -242,8 +244,8 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
         "megaflops": sum(flops) / 1e6,
     }
     if arm in NULL_ARMS:
-        even = next(iter(layers.values())).router.config.even_load
-        values["held"] = tuned(arm, seed, budget.name, size).held / even
+        settings: Any = next(iter(layers.values())).router.config
+        values["held"] = tuned(arm, seed, budget.name, size).held / settings.even_load
         reference_N, _ = measure("top2", seed, budget.name, size)
         total_N = torch.stack(list(uses.values())).sum(0)
         values["count_by_difficulty"] = rank_correlation(total_N, reference_N)

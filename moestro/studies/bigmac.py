@@ -80,7 +80,8 @@ def exchange(rank: int, world: int, width: int, tokens: int, seed: int) -> dict[
             torch.manual_seed(seed)
             made = layer(arm, width)
             with torch.no_grad():  # the same choices in both
-                made.router.weight.copy_(torch.randn(EXPERTS, width, generator=torch.Generator().manual_seed(seed)))
+                weight = torch.randn(EXPERTS, width, generator=torch.Generator().manual_seed(seed))
+                made.router.get_parameter("weight").copy_(weight)
             traffic = shard_experts(made, one_copy=one_copy).traffic
             x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed + rank)).requires_grad_()
             seconds = []

@@ -47,7 +47,7 @@ def data_of(size: Scale, budget: Budget) -> Text:
     return text(size.vocabulary, size.length, size.heldout, limit=budget.pick(ci=6, micro=120, full=None))
 
 
-def route(model: nn.Module, size: Scale, **config: Any) -> nn.Module:
+def route(model: Any, size: Scale, **config: Any) -> nn.Module:
     """Give every layer a route; modules that are there stay."""
     use = method("train.duo_llm")
     for number, block in enumerate(model.model.layers):

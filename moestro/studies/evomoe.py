@@ -40,7 +40,8 @@ SPAWN, HARD = 0.15, 0.6  # shares of the budget: the copies are made, one expert
 COOL = 0.3  # the temperature at which the active experts are counted
 LOOKS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)  # shares at which held-out choices are compared
 
-GATE = {"method": "train.evomoe", "config": {"stage": "hard", "progress": 1.0, "tau_max": 2.0, "tau_min": 0.2}}
+GATE_CONFIG = {"stage": "hard", "progress": 1.0, "tau_max": 2.0, "tau_min": 0.2}
+GATE = {"method": "train.evomoe", "config": GATE_CONFIG}
 SWITCH = {"method": "train.switch", "config": {}}
 SOFTMAX = {"method": "train.softmax_topk", "config": {"renormalise": False}}
 ACTIVE_BALANCE = {"balance": {"method": "train.dts_balance_loss"}}
@@ -50,8 +51,7 @@ BALANCE = {"balance": {"method": "train.balance_loss"}}
 def tau_at(progress: float) -> float:
     """The gate's temperature."""
     gate = method("train.evomoe")
-    tau: float = gate.module.temperature(progress, gate.configure(GATE["config"]))
-    return tau
+    return gate.module.temperature(progress, gate.configure(GATE_CONFIG))
 
 
 class Widen(Edit):

@@ -200,8 +200,8 @@ def retraining(model: nn.Module, goals: Mapping[Any, float], size: Scale, seed: 
         plain = method(ID).module.collapse(model, arch)
         done, loss = updates_until(plain, goal, data, later, seed, first=size.steps, most=most)
         found.append((done, loss - goal, loss <= goal))
-    done, left, reached = zip(*found, strict=True)
-    return {"extra_updates": float(np.mean(done)), "gap_later": float(np.mean(left)), "reached": float(sum(reached))}
+    updates, left, reached = zip(*found, strict=True)
+    return {"extra_updates": float(np.mean(updates)), "gap_later": float(np.mean(left)), "reached": float(sum(reached))}
 
 
 def spread(model: nn.Module, archs: list[Any]) -> float:
@@ -224,7 +224,7 @@ def outcome(arm: str, seed: int, name: str) -> Mapping[str, float]:
     goals = {arch: alone(arch, seed, name)[1] for arch in archs}
     found: dict[str, float] = {}
     if arm == "separate":
-        losses = {}
+        losses: dict[Any, float] = {}
         for layers in (size.layers - 1, size.layers):
             config = settings(size, SETUPS["plain"], [layers])
             model = supernet(size, SETUPS["plain"], seed, name, [layers])

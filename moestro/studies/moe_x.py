@@ -91,7 +91,8 @@ def games(count: int, plies: int, seed: int) -> Games:
     except ImportError:
         raise ConfigError("the study moe_x plays chess with python-chess; pip install 'moestro[studies]'") from None
     draw = random.Random(seed)
-    ids, mine, theirs = [], [], []
+    ids: list[list[int]] = []
+    mine, theirs = [], []
     while len(ids) < count:
         board = chess.Board()
         tokens, sides = [SQUARES], [(board.occupied_co[chess.WHITE], board.occupied_co[chess.BLACK])]

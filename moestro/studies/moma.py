@@ -22,6 +22,7 @@ from moestro.core.session import Edit, session
 from moestro.core.site import Shared, Site
 from moestro.data.dataset import Dataset
 from moestro.data.packing import pack
+from moestro.data.sources import Split
 from moestro.data.tokens import byte_tokenizer, encode, separator_id
 from moestro.studies._choices import Answers, Flipped, TopOne
 from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, Study, Within
@@ -54,10 +55,10 @@ class Data:
 def data(name: str) -> Data:
     """The rows of a budget: documents end to end, cut into rows that lie across them."""
     size, most = scale(BUDGETS[name]), BUDGETS[name].pick(ci=20_000, micro=200_000, full=1_000_000)
-    tokenizer = byte_tokenizer()
-    rows = []
+    tokenizer, rows = byte_tokenizer(), []
     source = "german" if name == "ci" else "stdlib-docs"  # reading the latter takes seconds
-    for split, characters in (("train", most), ("heldout", max(6000, most // 8))):
+    splits: dict[Split, int] = {"train": most, "heldout": max(6000, most // 8)}
+    for split, characters in splits.items():
         stream = [i for ids in encode(tokenizer, documents(split, characters, source)) for i in ids]
         rows.append(pack([stream], size.length, separator_id(tokenizer)))
     places = np.linspace(0, len(rows[1]) - 1, min(size.heldout, len(rows[1]))).astype(int)

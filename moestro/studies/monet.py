@@ -22,7 +22,7 @@ from moestro.core.registry import method
 from moestro.core.site import Shared, Site
 from moestro.data.corpora import MIN_SHARED_PARAGRAPH, corpus
 from moestro.data.dataset import Dataset
-from moestro.data.packing import pack, positions
+from moestro.data.packing import Packed, pack, positions
 from moestro.data.tokens import encode, separator_id, train_bpe
 from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, NotWorse, Study, Within
 from moestro.studies._language import Scale, llama, train
@@ -135,7 +135,7 @@ def _first(texts: Sequence[str], characters: int) -> list[str]:
     return found
 
 
-def _batches(rows: Sequence[Mapping[str, np.ndarray]], size: Scale, most: int) -> list[dict[str, Tensor]]:
+def _batches(rows: Packed, size: Scale, most: int) -> list[dict[str, Tensor]]:
     """Batches of rows at even distances, at most ``most`` rows."""
     places = np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)
     found = []

@@ -154,9 +154,10 @@ def build(arm: str, size: Scale, seed: int) -> nn.Module:
 def spread(model: nn.Module, batch: Batch) -> None:
     """Let routers with a hidden layer tell tokens apart at the start as a linear router does; changes them in place."""
     parts = {
-        site: (layer.router.first.weight, layer.router.inner.weight)
-        if isinstance(layer.router, Behind)
-        else (layer.router.projector.weight, layer.router.weight)
+        site: [
+            layer.router.get_parameter(f"{name}weight")
+            for name in (("first.", "inner.") if isinstance(layer.router, Behind) else ("projector.", ""))
+        ]
         for site, layer in mixture_layers(model).items()
     }
     for first, _ in parts.values():
@@ -252,7 +253,7 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     if arm in SPREAD:
         spread(model, batches(data.train, size, seed)(0))
     train(model, data.train, size, seed, losses={} if arm == "random" else {"balance": BALANCE})
-    routers = [*(layer.router for layer in mixture_layers(model).values()), model.shared]
+    routers = [*(layer.router for layer in mixture_layers(model).values()), model.get_submodule("shared")]
     return {
         "bits": heldout(model, data.heldout, size) / math.log(2),
         "router_parameters": sum(p.numel() for part in routers for p in part.parameters()),

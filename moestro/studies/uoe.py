@@ -23,7 +23,7 @@ from moestro.core.registry import method
 from moestro.core.router import Router, choose_topk
 from moestro.core.routing import Routing, Scores
 from moestro.core.session import session
-from moestro.core.site import Shared, Site
+from moestro.core.site import Shared, Site, SiteKind
 from moestro.studies._framework import Arm, Beats, Budget, Claim, Matches, Study, Within
 from moestro.studies._language import Scale, Text, heldout, text, train
 from moestro.studies._patches import PATCHES, Digits, Encoder, images
@@ -47,20 +47,20 @@ def union_config(arm: str, *, encoder: bool) -> dict[str, Any]:
     return {"mode": choosing, "top_k": TOP_K, "combine": "straight_through" if learned else "sum", "losses": losses}
 
 
-def exchange(arm: str, blocks: nn.ModuleList, names: tuple[str, str], form: Mapping[str, Any], **about: Any) -> None:
+def exchange(arm: str, blocks: nn.ModuleList, attention: str, form: Mapping[str, Any], **about: Any) -> None:
     """Put what an arm has in the place of every dense block: slices, or two experts and one of them a token.
 
     Args:
-        names: of attention and feed-forward. form: of the experts. about: what sites tell of the model.
+        attention: its name in a block. form: of the experts. about: what sites tell of the model.
     """
     union, moe = method("train.uoe"), method("train.moe")
     experts = moe.configure({**form, "num_experts": 2, "router": {"method": "train.switch"}, "losses": LOSSES})
+    places: dict[SiteKind, str] = {"attention": attention, "mlp": "mlp"}
     for number, block in enumerate(blocks):
-        for kind, name in zip(("attention", "mlp"), names, strict=True):
+        for kind, name in places.items():
             site = Site(path=f"{number}.{name}", kind=kind, module=block.get_submodule(name), layer=number, **about)
             if arm in UNIONS:
-                config = union.configure(union_config(arm, encoder="family" not in about))
-                layer = union.build(site, config, Shared())
+                layer = union.build(site, union.configure(union_config(arm, encoder="family" not in about)), Shared())
                 if arm == "random":  # logits of variance 1
                     nn.init.normal_(layer.router.weight, std=site.dim**-0.5)
                     layer.router.requires_grad_(False)
@@ -97,7 +97,7 @@ def exchanged(arm: str, size: Digits, inner: int) -> Encoder:
     model = Encoder(size, heads, inner if arm == "narrow" else size.inner, drop)
     width = inner if arm == "equal_mixture" else size.inner // 2
     form = {"expert_size": width, "activation": "gelu", "gated": False, "bias": True}
-    exchange(arm, model.blocks, ("attention", "mlp"), form, dim=size.dim, out=size.dim, num_layers=size.layers)
+    exchange(arm, model.blocks, "attention", form, dim=size.dim, out=size.dim, num_layers=size.layers)
     return model
 
 
@@ -131,7 +131,7 @@ def fit(model: Encoder, size: Digits, order: np.ndarray, seed: int) -> None:
             for ctx in opened.take():
                 loss = loss + BALANCE * sum(term.total for term in ctx.losses.values())
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
 
@@ -161,7 +161,7 @@ def digits(arm: str, seed: int, size: Digits) -> dict[str, float]:
 
 def gates(model: nn.Module) -> Tensor:
     """A copy of all gates [layers, n D]."""
-    return torch.stack([layer.router.weight.detach().flatten() for layer in mixture_layers(model).values()])
+    return torch.stack([m.router.get_parameter("weight").detach().flatten() for m in mixture_layers(model).values()])
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def llama_exchanged(arm: str, size: Scale, inner: int) -> Any:
     heads = size.heads * TOP_K // SLICES if arm in EQUAL else size.heads
     model = llama_of(size, heads, inner if arm == "narrow" else size.inner)
     form = {"expert_size": inner if arm == "equal_mixture" else size.inner // 2}
-    exchange(arm, model.model.layers, ("self_attn", "mlp"), form, **facts(model, size))
+    exchange(arm, model.model.layers, "self_attn", form, **facts(model, size))
     return model
 
 

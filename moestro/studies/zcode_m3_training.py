@@ -178,7 +178,7 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     size = scale(budget)
     data = names(seed, size.concepts)
     characters = Characters(data)
-    objective = SeqToSeq(SimpleNamespace(pad_token_id=0), start_id=0)  # type: ignore[arg-type]
+    objective = SeqToSeq(SimpleNamespace(pad_token_id=0), start_id=0)
     model = model_of(arm, size, characters.size, seed)
     stream = batches(arm, data, size, characters, seed)
     found = {"tokens": float(fit(model, objective, stream, size))}

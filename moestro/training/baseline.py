@@ -72,6 +72,18 @@ class Baseline:
         return head + yaml.safe_dump(self.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False)
 
 
+def kind_of(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for kind in KINDS:
+        if kind == name:
+            return kind
+    raise ConfigError(f"no baseline {name!r}; known: {', '.join(KINDS)}")
+
+
 def baseline(recipe: Recipe | str | Path, kind: Kind, *, measured: str | Path | None = None) -> Baseline:
     """Derive a baseline.
 
@@ -84,8 +96,7 @@ def baseline(recipe: Recipe | str | Path, kind: Kind, *, measured: str | Path | 
             feed-forward; costs that data decide without a measured run; a cost that cannot be met within 1 %.
     """
     settings = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    if kind not in KINDS:
-        raise ConfigError(f"no baseline {kind!r}; known: {', '.join(KINDS)}")
+    kind = kind_of(kind)
     found = origin(settings, measured)
     if kind == "topk":
         values, said = route_by_topk(found)

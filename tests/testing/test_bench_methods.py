@@ -1,5 +1,6 @@
 """Methods against replayed top-k: what is found by itself, and that both arms do the same work in every round."""
 
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -99,9 +100,51 @@ def test_every_builder_of_the_stage_is_measured(monkeypatch: pytest.MonkeyPatch,
         return [method_id]
 
     monkeypatch.setattr(methods, "compare", compare)
-    assert methods.run(1) == asked[:-1]
+    monkeypatch.setattr(methods, "measure", lambda part, shape, rounds: [(part.id, part.note)])
+    monkeypatch.setattr(methods, "measure_layers", lambda part, shape, rounds: [(part.id, part.note)])
+    assert methods.run(1) == [*asked[:-1], *((part.id, part.note) for part in methods.further(Shape()))]
     assert set(asked) == {i for i, m in infos().items() if m.stage == "train" and "build" in m.entries} | {"train.new"}
     assert "left out: train.new" in caplog.text
+
+
+@pytest.mark.parametrize(("stage", "least", "most"), [("soft", 1.05, 4.0), ("hard", 1.0, 1.0)])
+def test_sparse_phases_of_a_gate_meet_as_many_replayed(
+    stage: str, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "memory", lambda part, shape: 1e6)
+    (case,) = (case for case in methods.further(TINY) if isinstance(case, Case) and case.config["stage"] == stage)
+    rows = methods.measure(case, TINY, 1)
+    assert rows[0].peer_name == methods.REPLAYED
+    found = re.fullmatch(
+        r"train\.evomoe in stage .*: 6 experts, (.*) a token, (.*) MFLOP .* against (.*)", rows[0].case
+    )
+    assert found is not None
+    assert least <= float(found[1]) <= most
+    assert found[2] == found[3]
+
+
+def test_layers_of_pairs_meet_dense_ones_of_their_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "memory", lambda part, shape: 1e6)
+    cases = [part for part in methods.further(TINY) if not isinstance(part, Case)]
+    assert [method_of.config["axis"] ** 2 for method_of in cases] == [262_144, 262_144]
+    for layers in cases:
+        assert layers.twin().flops() == pytest.approx(layers.flops(), rel=1e-3)
+        small = {"axis": 8, "heads": 2, "expert_size": 4, "top_k": 2, "group_size": 2}
+        layers = replace(layers, config={**layers.config, **small}, count=3, hidden=16, rows=2, length=5)
+        chain = layers.chain()
+        assert len(chain.shared) == 2
+        rows = methods.measure_layers(layers, TINY, 1)
+        assert {(row.peer_name, row.case) for row in rows} == {("dense of equal operations", layers.words())}
+        assert rows[0].metric == "forward+backward"
+
+
+def test_a_pass_trains_routers_too_and_leaves_no_gradients() -> None:
+    layers = replace(methods.cases()[0], config={"axis": 8, "heads": 2, "expert_size": 4, "top_k": 2}, hidden=16)
+    step = layers.step()
+    step.loss().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in step.chain.parameters())
+    step()
+    assert all(parameter.grad is None for parameter in step.chain.parameters())
 
 
 class Unrouted(nn.Module):

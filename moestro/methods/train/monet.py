@@ -45,6 +45,7 @@ from moestro.core.registry import method
 from moestro.core.site import Borrowed, Shared, Site
 from moestro.methods.train._parts.assemble import losses_by_id
 from moestro.methods.train._parts.assignments import headed_weights
+from moestro.methods.train._parts.paired_halves import fits, mix, paired_halves, used
 from moestro.methods.train._parts.product_keys import AXES, ProductKeyRouter, router_of_group
 
 
@@ -85,25 +86,6 @@ class Config(BaseConfig):
         return self
 
 
-def mix(from_THC: Tensor, value_TCI: Tensor, to_THC: Tensor, open_CC: Tensor | None = None) -> Tensor:
-    """M_j = sum_h to_hj sum_i open_ij from_hi value_i, [T, n, m]; ``open_CC`` None: all pairs are open."""
-    if open_CC is None:
-        return torch.einsum("thj,thm->tjm", to_THC, torch.einsum("thi,tim->thm", from_THC, value_TCI))
-    open_CC = open_CC.to(value_TCI.dtype)
-    total_TCI = torch.zeros_like(value_TCI)
-    for head in range(from_THC.shape[1]):  # one at a time: [T, H, n, m] would be H times the layer's activations
-        reached_TCI = torch.einsum("ij,tim->tjm", open_CC, from_THC[:, head, :, None] * value_TCI)
-        total_TCI = total_TCI + to_THC[:, head, :, None] * reached_TCI
-    return total_TCI
-
-
-def used(own_THC: Tensor, other_THC: Tensor, open_CC: Tensor | None = None) -> Tensor:
-    """P_i = sum_h own_hi sum_j open_ij other_hj, [T, n]."""
-    if open_CC is None:
-        return torch.einsum("thi,th->ti", own_THC, other_THC.sum(-1))
-    return (own_THC * (other_THC @ open_CC.to(other_THC.dtype).T)).sum(1)
-
-
 class HalfExperts(nn.Module):
     """The weights of a layer's experts.
 
@@ -142,8 +124,17 @@ class HalfExperts(nn.Module):
         y_TO = hidden_TCI.flatten(1) @ self.get_parameter(f"{at}down").flatten(0, 1)
         return y_TO + used_TC @ self.get_parameter(f"{at}down_bias")
 
+    def pair(self, axis: str, what: str) -> tuple[Tensor, Tensor]:
+        """Matrix and bias ``up`` or ``down`` of an axis, "" for horizontal experts."""
+        name = f"{axis}_{what}" if axis else what
+        return self.get_parameter(name), self.get_parameter(f"{name}_bias")
+
     def forward(self, x_TD: Tensor, first_THC: Tensor, second_THC: Tensor, open_CC: Tensor | None = None) -> Tensor:
         """y [T, O] for weights of both axes; with ``open_CC`` (bool, first by second half) of the open experts only."""
+        if open_CC is None and self.activation == "relu2" and fits(self, x_TD, first_THC, second_THC):
+            axes = AXES if self.vertical else ("",)
+            ups, downs = ([p for n in axes for p in self.pair(n, what)] for what in ("up", "down"))
+            return paired_halves(x_TD, (first_THC, second_THC), ups, downs)
         turned_CC = None if open_CC is None else open_CC.T
         used_second_TC = used(second_THC, first_THC, turned_CC)
         if not self.vertical:
@@ -237,14 +228,16 @@ class MonetLayer(nn.Module):
         axes = router.axes
         if self.site == self.owner:
             scored = [axis.score(x_TD, None, ctx) for axis in axes]
-            decided = [(scores, axis.choose(scores, ctx)) for axis, scores in zip(axes, scored, strict=True)]
+            choices = [axis.choose(scores, ctx) for axis, scores in zip(axes, scored, strict=True)]
+            tables = [headed_weights(routing, self.heads) for routing in choices]
+            decided = list(zip(scored, choices, tables, strict=True))
             ctx.put(self.site, SLOT, decided)
         else:
             decided = ctx.get(self.owner, SLOT)
             if decided is None:
                 raise ContextError(f"{self.site} uses the scores of {self.owner}, which did not run before it")
         weights = []
-        for name, axis, (scores, routing) in zip(AXES, axes, decided, strict=True):
+        for name, axis, (scores, routing, weight_THC) in zip(AXES, axes, decided, strict=True):
             site = f"{self.site}.{name}"
             if ctx.session.edits:
                 for edit in ctx.session.edits:
@@ -252,10 +245,11 @@ class MonetLayer(nn.Module):
                 routing = axis.choose(scores, ctx)
                 for edit in ctx.session.edits:
                     routing = edit.on_routing(site, routing, axis, ctx)
+                weight_THC = headed_weights(routing, self.heads)
             if routing.num_tokens != len(x_TD):
                 raise ContextError(f"{site}: routing for {routing.num_tokens} tokens, the layer got {len(x_TD)}")
             emit(site, routing, ctx, self.losses)
-            weights.append(headed_weights(routing, self.heads))
+            weights.append(weight_THC)
         return weights
 
 

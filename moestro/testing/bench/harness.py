@@ -1,8 +1,9 @@
 """How to time several arms against each other without fooling oneself.
 
 All arms run in one process and in rounds; the order rotates from round to round, so that no arm always inherits the
-same heap, cache and clock from the same neighbour. Figures are medians over rounds, ratios are taken between medians
-of the same run, and every arm does the whole of its work inside the timed call (also the clearing of its gradients).
+same heap, cache and clock from the same neighbour. Figures are medians over rounds, and so are ratios: each is taken
+within a round, where whatever slows the machine slows both arms. Every arm does the whole of its work inside the timed
+call (also the clearing of its gradients).
 """
 
 import importlib
@@ -29,7 +30,7 @@ Arm = Callable[[], object]
 class Row:
     """One comparison. `ratio` > 1 means ours is better, whatever the metric.
 
-    `spread`: interquartile range of the ratio over the rounds, as a share of its median (0 where measured once).
+    `ratio` is the median over the rounds, `spread` the interquartile range as a share of it (0 where measured once).
     """
 
     case: str
@@ -66,18 +67,17 @@ def time_rows(case: str, metric: str, seconds: Mapping[str, list[float]], ours: 
     for name, theirs in seconds.items():
         if name != ours:
             peer = statistics.median(theirs) * 1e3
-            spread = ratio_spread(theirs, seconds[ours])
-            rows.append(Row(case, metric, "ms", mine, name, peer, peer / mine, spread))
+            rows.append(Row(case, metric, "ms", mine, name, peer, *paired_ratio(theirs, seconds[ours])))
     return rows
 
 
-def ratio_spread(numerators: list[float], denominators: list[float]) -> float:
-    """Interquartile range over median of the round-by-round ratio."""
+def paired_ratio(numerators: list[float], denominators: list[float]) -> tuple[float, float]:
+    """Median of the round-by-round ratio, and its interquartile range over the median."""
     ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
     if len(ratios) < 2:
-        return 0.0
+        return ratios[0], 0.0
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return (high - low) / middle
+    return middle, (high - low) / middle
 
 
 def reset_peak() -> int:
@@ -97,7 +97,7 @@ def names() -> list[str]:
     from moestro.testing import bench
 
     found = [module.name.replace("_", "-") for module in pkgutil.iter_modules(bench.__path__)]
-    return sorted(name for name in found if name != "harness")
+    return sorted(name for name in found if name != "harness" and not name.startswith("-"))  # private modules
 
 
 def run(name: str, rounds: int) -> dict[str, Any]:

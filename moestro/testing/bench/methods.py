@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.core.context import RoutingContext
 from moestro.core.cost import RowCounter, Work, cost
@@ -40,6 +40,7 @@ from moestro.core.site import Shared, SiteKind
 from moestro.models.load import adopt
 from moestro.models.sites import sites
 from moestro.models.swap import swap
+from moestro.testing.bench._feed_forwards import DENSE, Layers, cases, spread
 from moestro.testing.bench.harness import Row, interleave, peak, reset_peak, time_rows
 from moestro.testing.contracts import example_values
 from moestro.training.size import size_of
@@ -49,6 +50,7 @@ KINDS: tuple[SiteKind, ...] = ("mlp", "attention", "block", "linear", "embedding
 REPLAYED, EQUAL, ALONE = "top-k, replayed", "top-k of equal operations", "top-k alone"
 NEAR = 4
 M_MMAP_THRESHOLD = -3  # of malloc.h
+PHASES = {"stage soft, cold": {"stage": "soft", "progress": 1.0}, "stage hard": {"stage": "hard", "progress": 1.0}}
 Assignments = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -87,6 +89,11 @@ class Case:
     config: Mapping[str, Any]
     routes: bool
     rows_of_batch: int | None = None
+    note: str = ""
+
+    def step(self, shape: Shape) -> "Step":
+        """What is timed."""
+        return Step(self.model(shape), shape)
 
     def model(self, shape: Shape) -> Any:
         """The decoder with the method in every layer."""
@@ -125,11 +132,18 @@ class Peer:
     mixture: Mapping[str, Any]
     assignments: Mapping[str, Assignments] = field(default_factory=dict)
 
+    def step(self, shape: Shape) -> "Step":
+        """What is timed."""
+        return Step(self.model(shape), shape, (Replayed(self.assignments),))
+
     def model(self, shape: Shape) -> Any:
         """The decoder with a mixture in every layer."""
         model = decoder(shape)
         swap(model, "train.moe", self.mixture)
         return spread(model)
+
+
+Part = Case | Peer | Layers
 
 
 class Replayed(Edit):
@@ -206,16 +220,6 @@ def decoder(shape: Shape) -> Any:
         tie_word_embeddings=True,
     )
     return adopt(Qwen3ForCausalLM(config))
-
-
-def spread(model: Any) -> Any:
-    """Give the routers of a fresh model logits of standard deviation 1: clear choices and a nearly even load."""
-    for router in model.modules():
-        if isinstance(router, Router):
-            for parameter in router.parameters():
-                if parameter.ndim > 1:
-                    nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model
 
 
 def find(method_id: str, shape: Shape) -> Case | None:
@@ -298,47 +302,58 @@ def peer_of(case: Case, model: Any, seen: Seen, rows: RowCounter, shape: Shape) 
 def compare(method_id: str, shape: Shape, rounds: int) -> list[Row]:
     """Time and memory of one method; no rows for a loss."""
     case = find(method_id, shape)
-    if case is None:
-        return []
+    return [] if case is None else measure(case, shape, rounds)
+
+
+def measure(case: Case, shape: Shape, rounds: int) -> list[Row]:
+    """Time and memory of a case."""
     shape = replace(shape, rows=case.rows_of_batch or shape.rows)
-    ours = Step(case.model(shape), shape)
+    ours = case.step(shape)
     seen, rows = ours.look()
     peer = peer_of(case, ours.model, seen, rows, shape)
-    theirs = Step(peer.model(shape), shape, (Replayed(peer.assignments),))
-    replayed = theirs.look()[0].assignments
+    theirs = peer.step(shape)
+    replayed, peer_rows = theirs.look()
     for site, (token_N, _) in peer.assignments.items():
-        assert len(replayed[site][0]) == len(token_N), f"{method_id}: {site} replays another number of assignments"
-    text = words(case, ours.model, theirs.model, rows, replayed, shape)
+        count = len(replayed.assignments[site][0])
+        assert count == len(token_N), f"{case.id}: {site} replays {count} assignments of {len(token_N)}"
+    text = words(case, ours.model, theirs.model, rows, peer_rows, shape)
     name = REPLAYED if peer.assignments else EQUAL if case.kind == "mlp" else ALONE
-    arms = {"ours": ours, name: theirs}
-    found = time_rows(text, "training step", interleave(arms, rounds))
-    if sys.platform == "linux":
-        mine, other = (memory(part, shape) / 1e6 for part in (case, peer))
-        metric = "peak memory of training"
-        found.append(Row(text, metric, "MB", mine, found[0].peer_name, other, other / mine, 0.0))
-    return found
+    found = time_rows(text, "training step", interleave({"ours": ours, name: theirs}, rounds))
+    return found + memory_rows(text, "peak memory of training", case, peer, name, shape)
 
 
-def words(
-    case: Case, mine: Any, theirs: Any, rows: RowCounter, replayed: Mapping[str, Assignments], shape: Shape
-) -> str:
+def measure_layers(layers: Layers, shape: Shape, rounds: int) -> list[Row]:
+    """Time and memory of layers alone, against dense ones."""
+    found = layers.time(rounds)
+    return found + memory_rows(found[0].case, "peak memory of a step", layers, layers.twin(), DENSE, shape)
+
+
+def memory_rows(text: str, metric: str, ours: Part, theirs: Part, name: str, shape: Shape) -> list[Row]:
+    """Peak memory of both; none where it cannot be read."""
+    if sys.platform != "linux":
+        return []
+    mine, other = (memory(part, shape) / 1e6 for part in (ours, theirs))
+    return [Row(text, metric, "MB", mine, name, other, other / mine, 0.0)]
+
+
+def words(case: Case, mine: Any, theirs: Any, rows: RowCounter, peer_rows: RowCounter, shape: Shape) -> str:
     """What is compared: experts, assignments, operations of a token on both sides."""
-    peer_rows = {site: (np.bincount(expert_N) / shape.tokens).tolist() for site, (_, expert_N) in replayed.items()}
-    for site, count in {layer.path: layer.module.bank.num_experts for layer in sites(theirs, "mlp")}.items():
-        peer_rows[site] += [0.0] * (count - len(peer_rows[site]))
     flops = [
-        size_of(model, shape.length, rows=measured).forward_flops / 1e6
-        for model, measured in ((mine, rows.per_token()), (theirs, peer_rows))
+        size_of(model, shape.length, rows=measured.per_token()).forward_flops / 1e6
+        for model, measured in ((mine, rows), (theirs, peer_rows))
     ]
     experts = sorted({len(counts) for counts in rows.counts.values()})
     each = sum(sum(n) for n in rows.per_token().values()) / max(1, len(rows.counts))
     routed = f"{'-'.join(str(n) for n in experts)} experts, {each:.2f} a token" if experts else "no assignments"
+    if case.kind == "mlp" and not any(place.path in rows.counts for place in sites(mine, "mlp")):
+        routed = routed.replace("experts", "choices")  # the axes of product keys: an expert is a pair of choices
     place = "" if case.kind == "mlp" else f" at the {case.kind}"
+    place += f" in {case.note}" if case.note else ""
     place += f" on {case.rows_of_batch} rows" if case.rows_of_batch is not None else ""
     return f"{case.id}{place}: {routed}, {flops[0]:.2f} MFLOP a token against {flops[1]:.2f}"
 
 
-def memory(part: Case | Peer, shape: Shape) -> int:
+def memory(part: Part, shape: Shape) -> int:
     """Bytes by which a process rises that trains one arm: weights, gradients, moments, activations.
 
     Each arm has a process of its own, forked from one that computed nothing. A first step of a tiny model brings what
@@ -350,14 +365,13 @@ def memory(part: Case | Peer, shape: Shape) -> int:
         return pool.submit(_rise, part, shape, torch.get_num_threads()).result()
 
 
-def _rise(part: Case | Peer, shape: Shape, threads: int) -> int:
+def _rise(part: Part, shape: Shape, threads: int) -> int:
     torch.set_num_threads(threads)
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back: the peak is that of what lives
-    edits = (Replayed(part.assignments),) if isinstance(part, Peer) else ()
     small = Shape(layers=1, hidden=16, experts=2, inner=8, top_k=2, heads=2, rows=1, length=8)
     Step(Peer(small.mixture).model(small), small)()
     before = reset_peak()
-    step = Step(part.model(shape), shape, edits)
+    step = part.step(shape)
     for _ in range(2):
         step()
     return peak() - before
@@ -372,4 +386,15 @@ def run(rounds: int) -> list[Row]:
                 rows += compare(method_id, shape, rounds)
             except ConfigError as error:
                 logging.getLogger("moestro").warning("left out: %s", error)
+    for part in further(shape):
+        rows += measure(part, shape, rounds) if isinstance(part, Case) else measure_layers(part, shape, rounds)
     return rows
+
+
+def further(shape: Shape) -> list[Case | Layers]:
+    """What the settings of ``find`` do not show: the sparse phases of a gate that begins dense, layers of pairs."""
+    gates = [
+        Case("train.evomoe", "mlp", {"num_experts": shape.experts, **phase}, routes=True, note=name)
+        for name, phase in PHASES.items()
+    ]
+    return [*gates, *cases()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro import ops
-from moestro.testing.bench.harness import Row, interleave, ratio_spread
+from moestro.testing.bench.harness import Row, interleave, paired_ratio
 from moestro.testing.bench.train_layer import PEERS, our_layer
 
 
@@ -122,8 +122,7 @@ def compare(shape: Shape, rounds: int) -> list[Row]:
     rows = []
     for mine, label in (("ours", ""), ("interface", ", through Transformers' experts interface")):
         for peer in ("dense", *PEERS):
-            spread = ratio_spread(seconds[peer], seconds[mine])
-            ratio = speed[mine] / speed[peer]
+            ratio, spread = paired_ratio(seconds[peer], seconds[mine])
             rows.append(Row(f"{shape}{label}", "training", "tokens/s", speed[mine], peer, speed[peer], ratio, spread))
     return rows
 

@@ -12,7 +12,7 @@ def dense_weights(routing: Routing) -> Tensor:
     if routing.kept_N is not None:
         weight_N = weight_N.masked_fill(~routing.kept_N, 0.0)
     empty_TC = weight_N.new_zeros(routing.num_tokens, routing.num_choices)
-    return empty_TC.index_put((routing.token_N, routing.expert_N), weight_N, accumulate=True)
+    return empty_TC.index_put_((routing.token_N, routing.expert_N), weight_N, accumulate=True)
 
 
 def headed_weights(routing: Routing, heads: int) -> Tensor:

@@ -71,10 +71,14 @@ class AxisRouter(LinearRouter):
     def normalise(self, z_THC: Tensor, ctx: RoutingContext) -> Tensor:
         """z^; in training the running averages move too, except in a replay."""
         assert ctx.tokens is not None
-        live_THC = z_THC[ctx.tokens.valid_T]
         mean, variance = self.mean, self.variance
-        if self.training and len(live_THC):
-            variance, mean = torch.var_mean(live_THC, (0, 2), correction=0)
+        valid_T = ctx.tokens.valid_T
+        if self.training and valid_T.any():
+            live_THC = z_THC if valid_T.all() else z_THC[valid_T]
+            # First over what lies side by side in memory; over tokens and choices at once takes far longer.
+            inner_TH, mean_TH = torch.var_mean(live_THC, -1, correction=0)
+            outer, mean = torch.var_mean(mean_TH, 0, correction=0)
+            variance = inner_TH.mean(0) + outer
             if not ctx.replaying:
                 count = live_THC.numel() // self.heads
                 self.mean.lerp_(mean, MOMENTUM)
@@ -89,7 +93,7 @@ class AxisRouter(LinearRouter):
         """
         shape = (len(scores.select_TC), self.heads, -1)
         kept_THC = keep(scores.select_TC.view(shape), self.sigma)
-        some_TH = kept_THC.any(-1)
+        some_TH = scores.select_TC.view(shape).amax(-1) > float("-inf")  # then the best one is kept
         if not some_TH.all():
             token, head = (~some_TH).nonzero()[0].tolist()
             raise ContextError(f"token {token} may choose nothing in routing head {head}; close fewer of its choices")
