@@ -123,7 +123,7 @@ def _trained(size: Mixture, seed: int, mixed: bool) -> nn.Module:
     data = corpus_of(size).train
     if mixed:
         (code,), (docs,) = data.sources.values(), task_of(size).train.sources.values()
-        rows = [row for pair in zip(code, docs, strict=False) for row in pair]
+        rows = [texts[i] for i in range(min(len(code), len(docs))) for texts in (code, docs)]
         data = Dataset({"data": rows})
     tune(model, data, size, seed, size.steps)
     return model.eval()
