@@ -92,7 +92,16 @@ class Folder:
 
     def read(self, parameter: Tensor) -> Tensor:
         """What an empty parameter of the model stands for."""
-        return self.tensor(self._names[id(parameter)])
+        return self.tensor(self._names[id(parameter)]) if parameter.is_meta else parameter.detach()
+
+    def release(self) -> None:
+        """Let go of all tensors and of the mapped files, whose pages would otherwise stay in this process."""
+        self._held.clear()
+        self._source.close()
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor on disk."""
+        return sum(self._source.nbytes(piece.key) for piece in self.entries[name].pieces)
 
 
 class Changed:
