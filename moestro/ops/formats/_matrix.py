@@ -34,7 +34,7 @@ def nearest(weight: Tensor, used: Packing, form: Format | None = None) -> tuple[
     weight = weight.float()
     step = used.group or weight.shape[-1]
     codes, shared = [], []
-    for part in torch.split(weight, step, -1):  # type: ignore[no-untyped-call]
+    for part in torch.split(weight, step, -1):
         params = form.fit(part, used)
         codes.append(form.round(part, params))
         shared.append(params)
