@@ -26,7 +26,7 @@ from moestro.models.source import MemorySource
 from moestro.models.swap import stand, state_of
 from moestro.models.writer import SHARD_BYTES, write_file, write_index
 from moestro.surgery.bits import BitWork, check_bits, check_finite, expect, pack_layer, sites_of, touch
-from moestro.surgery.bits_receipt import add_parity, bytes_by_class, receipt_of
+from moestro.surgery.bits_receipt import add_parity, bytes_by_class, compared, receipt_of
 from moestro.surgery.disk import Folder
 from moestro.surgery.lazy import LazySource
 from moestro.surgery.opened import OpenModel
@@ -85,8 +85,8 @@ def apply_bits_folder(
         receipt = receipt_of(folder.model, plan, works, ledger, sizes, count)
         if calib is not None:
             before, after = Choices(), Choices()
-            first = answers(load(ref), calib, before)
-            add_parity(receipt, (first, before), (answers(load(temporary), calib, after), after))
+            first = answers(load(ref), compared(calib), before)
+            add_parity(receipt, (first, before), (answers(load(temporary), compared(calib), after), after))
         state_of(folder.model).facts.setdefault("surgery", []).append(receipt)
         write_json(temporary / "receipt.json", receipt_values(folder.model, source))
         write_tokenizer(folder.model, None, temporary)
