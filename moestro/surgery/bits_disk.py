@@ -36,10 +36,6 @@ from moestro.surgery.record import record
 from moestro.surgery.rounding import Rounding, rounding_of
 
 
-RELEASE = 1 << 28
-"""Bytes of unchanged tensors after which mapped files are let go."""
-
-
 def apply_bits_folder(
     ref: str | Path, plan: BitPlan, out: str | Path, *, calib: Calib | None = None, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -180,7 +176,6 @@ class _Writer:
 
     def __init__(self, folder: Folder, target: Path) -> None:
         self.folder, self.target = folder, target
-        self._read = 0
         self.where: dict[str, str] = {}
 
     def layer(self, work: BitWork, layer: MoELayer) -> None:
@@ -217,12 +212,7 @@ class _Writer:
         return source
 
     def _fetch(self, name: str) -> Tensor:
-        found = self.folder.tensor(name)
-        self._read += found.numel() * found.element_size()
-        if self._read > RELEASE:
-            self.folder.release()
-            self._read = 0
-        return found
+        return self.folder.tensor(name)
 
 
 def _check_room(folder: Folder, works: list[BitWork], out: Path) -> None:

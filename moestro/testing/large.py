@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,14 +45,7 @@ def write_mixture(
     def normal(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=draw) * 0.02).to(dtype)
 
-    size = dim // heads
-    config = {
-        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": vocabulary,
-        "hidden_size": dim, "intermediate_size": inner, "moe_intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": size, "num_experts": experts,
-        "num_experts_per_tok": min(2, experts), "norm_topk_prob": True, "tie_word_embeddings": True,
-        "max_position_embeddings": 256, "dtype": str(dtype).removeprefix("torch."),
-    }  # fmt: skip
+    config = _config(layers, experts, dim, inner, vocabulary, heads, dtype)
     (folder / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
     total = 0
@@ -66,7 +59,7 @@ def write_mixture(
     for layer in range(layers):
         start = f"model.layers.{layer}."
         tensors = {f"{start}self_attn.{name}_proj.weight": normal(dim, dim) for name in "qkvo"}
-        tensors |= {f"{start}self_attn.{name}_norm.weight": torch.ones(size, dtype=dtype) for name in "qk"}
+        tensors |= {f"{start}self_attn.{name}_norm.weight": torch.ones(dim // heads, dtype=dtype) for name in "qk"}
         tensors |= {f"{start}{n}_layernorm.weight": torch.ones(dim, dtype=dtype) for n in ("input", "post_attention")}
         tensors[f"{start}mlp.gate.weight"] = normal(experts, dim)
         if layout == "stacked":
@@ -82,3 +75,15 @@ def write_mixture(
     })  # fmt: skip
     write_index(folder, where, total)
     return total
+
+
+def _config(
+    layers: int, experts: int, dim: int, inner: int, vocabulary: int, heads: int, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "vocab_size": vocabulary,
+        "hidden_size": dim, "intermediate_size": inner, "moe_intermediate_size": inner, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": dim // heads, "num_experts": experts,
+        "num_experts_per_tok": min(2, experts), "norm_topk_prob": True, "tie_word_embeddings": True,
+        "max_position_embeddings": 256, "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
