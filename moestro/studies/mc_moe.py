@@ -80,7 +80,6 @@ def at_width(bits: int, seed: int, budget: Budget) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def assembled(allocation: str, bits: float, seed: int, budget: Budget, draw: int) -> tuple[nn.Module, float]:
     """The mixture with each expert as its width has it, and the bytes that takes."""
     model = trained(scale(budget), seed)
@@ -93,7 +92,7 @@ def assembled(allocation: str, bits: float, seed: int, budget: Budget, draw: int
         for expert, width in enumerate(widths):
             bank = mixture_layers(at_width(width, seed, budget))[site].bank
             for name in bank.projections:
-                layer.bank.weight(expert, name).copy_(bank.weight(expert, name))
+                layer.bank.weight(expert, name).detach().copy_(bank.weight(expert, name))
     return model, taken
 
 
