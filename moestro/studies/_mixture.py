@@ -28,6 +28,7 @@ class Mixture(Scale):
     Attributes:
         inner: width of one expert. experts: E. top_k: K. aux: weight of the balance loss; weak, so that some experts
             are used more than others. files: at most this many of each corpus, for short budgets.
+        task: the built-in corpus of ``task_of``.
     """
 
     layers: int = 3
@@ -37,18 +38,19 @@ class Mixture(Scale):
     vocabulary: int = 1024
     length: int = 96
     batch: int = 8
-    steps: int = 600
+    steps: int = 450
     lr: float = 3e-3
     heldout: int = 64
     experts: int = 8
     top_k: int = 2
     aux: float = 1e-3
     files: int | None = None
+    task: str = "stdlib-docs"
 
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "ci": {"layers": 2, "dim": 16, "inner": 16, "heads": 2, "vocabulary": 300, "length": 24, "batch": 2, "steps": 3,
-           "heldout": 4, "files": 4},
+           "heldout": 4, "files": 4, "task": "german"},
     "micro": {"layers": 2, "dim": 48, "inner": 48, "heads": 2, "length": 64, "steps": 90, "heldout": 24, "files": 80},
     "full": {},
 }  # fmt: skip
@@ -65,15 +67,15 @@ def corpus_of(size: Mixture) -> Text:
 
 
 @functools.cache
-def docs_of(size: Mixture) -> Text:
-    """The standard library's documentation in rows, by the tokenizer of its source files: another task."""
+def task_of(size: Mixture) -> Text:
+    """Another corpus in rows, the standard library's documentation, by the tokenizer of its source files."""
 
     def part(source: str, split: str) -> DataConfig:
         settings = {"source": f"builtin:{source}", "split": split, "limit": size.files}
         return DataConfig.parse({**settings, "tokenizer": f"bpe:{size.vocabulary}", "sequence_length": size.length})
 
     tokenizer = load_tokenizer(part("stdlib-code", "train"))
-    made, held = (build_dataset(part("stdlib-docs", split), tokenizer, "packed") for split in ("train", "heldout"))
+    made, held = (build_dataset(part(size.task, split), tokenizer, "packed") for split in ("train", "heldout"))
     (every,) = held.sources.values()
     step = max(1, len(every) // size.heldout)
     return Text(made, Dataset({"data": [every[place] for place in range(0, len(every), step)][: size.heldout]}))
@@ -120,7 +122,7 @@ def _trained(size: Mixture, seed: int, mixed: bool) -> nn.Module:
     model = fresh(size, seed)
     data = corpus_of(size).train
     if mixed:
-        (code,), (docs,) = data.sources.values(), docs_of(size).train.sources.values()
+        (code,), (docs,) = data.sources.values(), task_of(size).train.sources.values()
         rows = [row for pair in zip(code, docs, strict=False) for row in pair]
         data = Dataset({"data": rows})
     tune(model, data, size, seed, size.steps)
@@ -131,7 +133,7 @@ def trained(size: Mixture, seed: int, *, mixed: bool = False) -> nn.Module:
     """A trained mixture; trained once a process, a copy at every call.
 
     Args:
-        mixed: on source files and documentation, row by row in turns, instead of on source files alone.
+        mixed: on source files and the task's corpus, row by row in turns, instead of on source files alone.
     """
     return copy.deepcopy(_trained(size, seed, mixed))
 

@@ -39,7 +39,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 
 def scale(budget: Budget) -> Mixture:
     """Experts wide enough that a row of ``down`` has several groups."""
-    return size_of(budget, **budget.pick(ci={"inner": 48}, micro={"inner": 128}, full={"inner": 256}))
+    return size_of(budget, **budget.pick(ci={"inner": 48}, micro={"inner": 128}, full={"inner": 256, "steps": 600}))
 
 
 def sizes(budget: Budget) -> tuple[int, ...]:

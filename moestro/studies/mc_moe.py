@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from moestro import surgery
@@ -36,7 +35,7 @@ ALLOCATIONS = ("pmq", "random", "frequency", "weight", "sensitivity")
 
 def scale(budget: Budget) -> Mixture:
     """The mixture of the budget."""
-    return size_of(budget, **budget.pick(ci={"layers": 1}, micro={}, full={"heldout": 128}))
+    return size_of(budget, **budget.pick(ci={"layers": 1}, micro={}, full={"heldout": 128, "steps": 600}))
 
 
 def group(budget: Budget) -> int:
