@@ -70,7 +70,7 @@ class Answers(Edit):
         """See Edit."""
         logits_TC, chosen_TC = ctx.get(site, "auxiliary"), chosen(routing)
         open_TC = logits_TC > float("-inf")
-        auxiliary: Any = router.get_submodule("auxiliary")
+        auxiliary: Any = router.auxiliary
         said_TC = logits_TC > auxiliary.threshold
         kinds = (open_TC, chosen_TC, said_TC, chosen_TC & said_TC, open_TC & ~(chosen_TC | said_TC))
         found = torch.stack([kind.sum(0) for kind in kinds])
