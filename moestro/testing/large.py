@@ -38,15 +38,13 @@ def write_mixture(
     """
     if dim % heads:
         raise ConfigError(f"{heads} heads do not divide a width of {dim}")
-    folder = Path(folder)
-    folder.mkdir(parents=True)
+    (folder := Path(folder)).mkdir(parents=True)
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return (torch.randn(*shape, generator=draw) * 0.02).to(dtype)
 
-    config = _config(layers, experts, dim, inner, vocabulary, heads, dtype)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(_config(layers, experts, dim, inner, vocabulary, heads, dtype)))
     where: dict[str, str] = {}
     total = 0
 
@@ -70,9 +68,8 @@ def write_mixture(
                 for name, shape in (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner))):
                     tensors[f"{start}mlp.experts.{expert}.{name}_proj.weight"] = normal(*shape)
         shard(f"layer-{layer:05}.safetensors", tensors)
-    shard("rest.safetensors", {
-        "model.embed_tokens.weight": normal(vocabulary, dim), "model.norm.weight": torch.ones(dim, dtype=dtype),
-    })  # fmt: skip
+    rest = {"model.embed_tokens.weight": normal(vocabulary, dim), "model.norm.weight": torch.ones(dim, dtype=dtype)}
+    shard("rest.safetensors", rest)
     write_index(folder, where, total)
     return total
 
