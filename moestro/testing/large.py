@@ -60,18 +60,20 @@ def write_mixture(
         tensors |= {f"{start}self_attn.{name}_norm.weight": torch.ones(dim // heads, dtype=dtype) for name in "qk"}
         tensors |= {f"{start}{n}_layernorm.weight": torch.ones(dim, dtype=dtype) for n in ("input", "post_attention")}
         tensors[f"{start}mlp.gate.weight"] = normal(experts, dim)
-        if layout == "stacked":
-            tensors[f"{start}mlp.experts.gate_up_proj"] = normal(experts, 2 * inner, dim)
-            tensors[f"{start}mlp.experts.down_proj"] = normal(experts, dim, inner)
-        else:
-            for expert in range(experts):
-                for name, shape in (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner))):
-                    tensors[f"{start}mlp.experts.{expert}.{name}_proj.weight"] = normal(*shape)
+        tensors |= {f"{start}mlp.experts.{n}": normal(*shape) for n, shape in _experts(experts, dim, inner, layout)}
         shard(f"layer-{layer:05}.safetensors", tensors)
     rest = {"model.embed_tokens.weight": normal(vocabulary, dim), "model.norm.weight": torch.ones(dim, dtype=dtype)}
     shard("rest.safetensors", rest)
     write_index(folder, where, total)
     return total
+
+
+def _experts(experts: int, dim: int, inner: int, layout: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Names under ``mlp.experts`` and shapes."""
+    if layout == "stacked":
+        return [("gate_up_proj", (experts, 2 * inner, dim)), ("down_proj", (experts, dim, inner))]
+    each = (("gate", (inner, dim)), ("up", (inner, dim)), ("down", (dim, inner)))
+    return [(f"{expert}.{name}_proj.weight", shape) for expert in range(experts) for name, shape in each]
 
 
 def _config(
