@@ -26,7 +26,7 @@ from moestro.models.source import MemorySource
 from moestro.models.swap import stand, state_of
 from moestro.models.writer import SHARD_BYTES, write_file, write_index
 from moestro.surgery.bits import BitWork, check_bits, check_finite, expect, pack_layer, sites_of, touch
-from moestro.surgery.bits_receipt import add_parity, bytes_by_class, receipt_of
+from moestro.surgery.bits_receipt import add_parity, bytes_by_class, compared, receipt_of
 from moestro.surgery.disk import Folder
 from moestro.surgery.lazy import LazySource
 from moestro.surgery.opened import OpenModel
@@ -34,10 +34,6 @@ from moestro.surgery.parity import Choices, answers, call_of
 from moestro.surgery.receipt import Calib, count_parameters
 from moestro.surgery.record import record
 from moestro.surgery.rounding import Rounding, rounding_of
-
-
-RELEASE = 1 << 28
-"""Bytes of unchanged tensors after which mapped files are let go."""
 
 
 def apply_bits_folder(
@@ -85,8 +81,8 @@ def apply_bits_folder(
         receipt = receipt_of(folder.model, plan, works, ledger, sizes, count)
         if calib is not None:
             before, after = Choices(), Choices()
-            first = answers(load(ref), calib, before)
-            add_parity(receipt, (first, before), (answers(load(temporary), calib, after), after))
+            first = answers(load(ref), compared(calib), before)
+            add_parity(receipt, (first, before), (answers(load(temporary), compared(calib), after), after))
         state_of(folder.model).facts.setdefault("surgery", []).append(receipt)
         write_json(temporary / "receipt.json", receipt_values(folder.model, source))
         write_tokenizer(folder.model, None, temporary)
@@ -180,7 +176,6 @@ class _Writer:
 
     def __init__(self, folder: Folder, target: Path) -> None:
         self.folder, self.target = folder, target
-        self._read = 0
         self.where: dict[str, str] = {}
 
     def layer(self, work: BitWork, layer: MoELayer) -> None:
@@ -217,12 +212,7 @@ class _Writer:
         return source
 
     def _fetch(self, name: str) -> Tensor:
-        found = self.folder.tensor(name)
-        self._read += found.numel() * found.element_size()
-        if self._read > RELEASE:
-            self.folder.release()
-            self._read = 0
-        return found
+        return self.folder.tensor(name)
 
 
 def _check_room(folder: Folder, works: list[BitWork], out: Path) -> None:

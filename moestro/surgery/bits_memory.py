@@ -11,7 +11,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import BitPlan
 from moestro.models.swap import stand, state_of
 from moestro.surgery.bits import BitWork, check_bits, check_finite, expect, pack_layer, sites_of, touch
-from moestro.surgery.bits_receipt import add_parity, bytes_by_class, receipt_of
+from moestro.surgery.bits_receipt import add_parity, bytes_by_class, compared, receipt_of
 from moestro.surgery.opened import OpenModel
 from moestro.surgery.parity import Choices, answers, call_of
 from moestro.surgery.receipt import Calib, count_parameters
@@ -42,7 +42,7 @@ def apply_bits_open(model: nn.Module, plan: BitPlan, *, calib: Calib | None = No
     for work in works:
         check_finite(work, opened)
     seen_before = Choices()
-    before = None if calib is None else answers(model, calib, seen_before)
+    before = None if calib is None else answers(model, compared(calib), seen_before)
     sizes, count = bytes_by_class(model), count_parameters(model)
     ledger = Ledger(f"{plan.method}: surgery.apply")
     for work in works:
@@ -62,7 +62,7 @@ def apply_bits_open(model: nn.Module, plan: BitPlan, *, calib: Calib | None = No
     receipt = receipt_of(model, plan, works, ledger, sizes, count)
     if calib is not None and before is not None:
         seen_after = Choices()
-        add_parity(receipt, (before, seen_before), (answers(model, calib, seen_after), seen_after))
+        add_parity(receipt, (before, seen_before), (answers(model, compared(calib), seen_after), seen_after))
     state_of(model).facts.setdefault("surgery", []).append(copy.deepcopy(receipt))
     return receipt
 

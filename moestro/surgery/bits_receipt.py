@@ -15,11 +15,14 @@ from moestro.core.plan import BitPlan
 from moestro.models.save import unsaved
 from moestro.surgery.bits import BitWork
 from moestro.surgery.parity import Choices, difference
-from moestro.surgery.receipt import count_parameters
+from moestro.surgery.receipt import Calib, count_parameters
 
 
 CHANGED_LIMIT = 0.02
 """Share of changed choices from which on a receipt warns."""
+
+PARITY_TOKENS = 1024
+"""Calibration tokens on which the model is compared before and after."""
 
 CLASSES = (
     ("norm", re.compile(r"norm|(^|\.)ln_|layer_norm", re.IGNORECASE)),
@@ -117,6 +120,19 @@ def _starved(works: Sequence[BitWork]) -> list[str]:
         return []
     shown = ", ".join(places[:12]) + (", ..." if len(places) > 12 else "")
     return [f"{len(places)} experts saw no calibration token and were rounded to the nearest: {shown}"]
+
+
+def compared(calib: Calib) -> list[Mapping[str, Any] | Tensor]:
+    """The first batches, ``PARITY_TOKENS`` in all or a little more: their logits are kept."""
+    some: list[Mapping[str, Any] | Tensor] = []
+    tokens = 0
+    for batch in calib:
+        if tokens >= PARITY_TOKENS:
+            break
+        some.append(batch)
+        call = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+        tokens += max((v.numel() for k, v in call.items() if k.endswith("ids")), default=PARITY_TOKENS)
+    return some
 
 
 def add_parity(

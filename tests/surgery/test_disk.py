@@ -198,3 +198,13 @@ def test_layers_are_let_go_while_writing(tmp_path: Path, monkeypatch: pytest.Mon
     surgery.apply(tmp_path / "in", dense_plan(subject(tmp_path / "in")), tmp_path / "out")
     assert max(held) <= disk.HELD
     assert len(layers_of(moestro.load(tmp_path / "out"))) == 9
+
+
+def test_buffers_are_read_from_the_files_and_filled_parameters_stand_for_themselves(tmp_path: Path) -> None:
+    model = tiny_folder("deepseek_v3", tmp_path / "in")
+    folder = Folder(tmp_path / "in")
+    router = layers_of(folder.model)[0].router
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(folder.read(router.selection_bias), bias)
+    filled = torch.nn.Parameter(torch.ones(3))
+    assert torch.equal(folder.read(filled), torch.ones(3))

@@ -153,6 +153,11 @@ def rounding(config: Config) -> Scaled:
     return Scaled(config.scale)
 
 
+def streams(config: Config) -> bool:
+    """Whether a plan needs nothing but matrices, read one at a time: the command line then never opens the model."""
+    return True
+
+
 def chosen(weight_OI: Tensor, config: Config) -> GroupChoice:
     """The group of one matrix by the settings."""
     width = weight_OI.shape[1]

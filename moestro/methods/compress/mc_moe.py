@@ -128,6 +128,15 @@ def shapes(there: LayerShape) -> Mapping[str, tuple[int, int]]:
     return {n: (there.out, there.inner) if n == "down" else (there.inner, there.dim) for n in there.projections}
 
 
+def lines(notes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The allocation for people."""
+    return [
+        f"layer {note['layer']}: bits {' '.join(map(str, note['bits']))}; {note['bytes']:,} bytes, "
+        f"{note['bytes_per_token']:,.0f} a token"
+        for note in notes
+    ]
+
+
 def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     """Bits for every expert of every mixture, and what they take on disk and for a token.
 
@@ -172,15 +181,6 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
         rounding=MethodUse(method="compress.mc_moe", config=settings),
         notes={"keeps": "nothing", "layers": notes, "lines": lines(notes)},
     )
-
-
-def lines(notes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The allocation for people."""
-    return [
-        f"layer {note['layer']}: bits {' '.join(map(str, note['bits']))}; {note['bytes']:,} bytes, "
-        f"{note['bytes_per_token']:,.0f} a token"
-        for note in notes
-    ]
 
 
 CARD = MethodCard(

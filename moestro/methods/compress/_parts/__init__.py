@@ -1,1 +1,1 @@
-"""What several compressions share."""
+"""What two or more methods of the stage share."""

@@ -64,14 +64,8 @@ def batched_gptq(
     Raises:
         ConfigError: shapes that do not fit, percdamp that is not positive, values that are not finite.
     """
-    experts, _, width = weight_EOI.shape
-    if gram_EII.shape != (experts, width, width):
-        raise ConfigError(f"{experts} matrices of {width} inputs with second moments {list(gram_EII.shape)}")
-    if percdamp <= 0:
-        raise ConfigError(f"percdamp={percdamp}; must be above 0, or inputs that depend on each other have no factor")
-    for name, tensor in (("weights", weight_EOI), ("second moments", gram_EII)):
-        if not bool(tensor.isfinite().all()):
-            raise ConfigError(f"{name} are NaN or infinite; calibrate on other data or repair the checkpoint")
+    _check(weight_EOI, gram_EII, percdamp)
+    width = weight_EOI.shape[2]
     form = form or format_named(used.format)
     used = check_packing(used, width)
     stats = Stats()
@@ -79,7 +73,7 @@ def batched_gptq(
     left_EOI = weight_EOI.float().clone()
     codes: list[Tensor] = []
     shared: list[Params] = []
-    error_E = torch.zeros(experts, dtype=torch.float64, device=left_EOI.device)
+    error_E = torch.zeros(len(left_EOI), dtype=torch.float64, device=left_EOI.device)
     group = used.group or width
     step = blocksize if group == width else _block(group, blocksize)
     for start in range(0, width, step):
@@ -105,6 +99,17 @@ def batched_gptq(
     stats.error = error_E.tolist()
     params = {name: torch.cat([one[name] for one in shared], -1) for name in shared[0]}
     return torch.cat(codes, -1), params, stats
+
+
+def _check(weight_EOI: Tensor, gram_EII: Tensor, percdamp: float) -> None:
+    experts, _, width = weight_EOI.shape
+    if gram_EII.shape != (experts, width, width):
+        raise ConfigError(f"{experts} matrices of {width} inputs with second moments {list(gram_EII.shape)}")
+    if percdamp <= 0:
+        raise ConfigError(f"percdamp={percdamp}; must be above 0, or inputs that depend on each other have no factor")
+    for name, tensor in (("weights", weight_EOI), ("second moments", gram_EII)):
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{name} are NaN or infinite; calibrate on other data or repair the checkpoint")
 
 
 def _block(group: int, blocksize: int) -> int:
