@@ -77,8 +77,8 @@ def test_no_leaf_begins_another() -> None:
 
 
 @given(
-    kind=st.sampled_from(KINDS), width=st.integers(1, 70), rows=st.integers(1, 5), share=st.sampled_from([0, 3, 6, 9, 10]),
-    zeros=st.sampled_from([340, 885, 990]), seed=st.integers(0, 1000),
+    kind=st.sampled_from(KINDS), width=st.integers(1, 70), rows=st.integers(1, 5),
+    share=st.sampled_from([0, 3, 6, 9, 10]), zeros=st.sampled_from([340, 885, 990]), seed=st.integers(0, 1000),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
 def test_what_is_decoded_is_what_was_encoded(

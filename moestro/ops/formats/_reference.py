@@ -71,7 +71,8 @@ def encode_row(symbols: Sequence[int], strings: Sequence[Trits]) -> list[int]:
     while place < len(symbols):
         length = next(n for n in range(longest, 0, -1) if tuple(padded[place : place + n]) in known)
         if length > len(symbols) - place:  # strings that end with the row (and a zero to make it even) are enough
-            short = [n for n in range(len(symbols) - place + (len(symbols) - place) % 2, 0, -1)]
+            left = len(symbols) - place
+            short = range(left + left % 2, 0, -1)
             length = next((n for n in short if tuple(padded[place : place + n]) in known), length)
         words.append(known[tuple(padded[place : place + length])])
         place += length

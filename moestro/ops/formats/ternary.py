@@ -1,9 +1,9 @@
 """Three values a row: ``trits`` with five symbols a byte, ``ternary`` and ``ternary14`` in words of variable meaning.
 
-A row (or a group of it) has the values {low, 0, high} with low = min(0, min w) and high = max(0, max w); a weight beyond
-half of one of them becomes it, all others become 0. Most do, so the symbols 0 (zero), 1 (low), 2 (high) have less than
-one bit of entropy. ``ternary`` and ``ternary14`` store them in words of 16 bits, see ``_codebook``: each row is coded by
-itself, and its number of words is stored, so that any rows can be decoded alone.
+A row (or a group of it) has the values {low, 0, high} with low = min(0, min w) and high = max(0, max w); a weight
+beyond half of one of them becomes it, all others become 0. Most do, so the symbols 0 (zero), 1 (low), 2 (high) have
+less than one bit of entropy. ``ternary`` and ``ternary14`` store them in words of 16 bits, see ``_codebook``: each row
+is coded by itself, and its number of words is stored, so that any rows can be decoded alone.
 
 A packing may say how many zeros in a thousand its codebook expects (``zeros=885``, which is also what is meant without
 it); ``zeros=0`` asks the coder to count them. ``words`` is what the coder found to be the length.
