@@ -96,7 +96,7 @@ def measure(subject: MeterInputs, config: Config) -> Report:
             whole["packed"].merge(tally)
             if "low" in format_named(spelled).parts((1, 1), Packing(spelled)):
                 whole["ternary"].merge(tally)
-    numbers = {}
+    numbers: dict[str, float] = {}
     for what, tally in whole.items():
         cells = dict(zip(COLUMNS[3:], tally.cells(), strict=True)) if tally.weights else {"matrices": 0}
         numbers |= {f"{what}_{key}": float(value) for key, value in cells.items() if value is not None}

@@ -77,7 +77,7 @@ class Trits(_Ternary):
     def pack(self, codes: Tensor, params: Params, packing: Packing) -> tuple[Parts, Packing]:
         """See Format."""
         padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % TRITS))
-        blocks = padded.unflatten(-1, (-1, TRITS)) * _POWERS.to(codes.device)
+        blocks = padded.reshape(*codes.shape[:-1], -1, TRITS) * _POWERS.to(codes.device)
         values = {name: params[name].to(packing.scale_type) for name in ("low", "high")}
         return {"codes": blocks.sum(-1, dtype=torch.uint8), **values}, packing
 
