@@ -36,7 +36,7 @@ def read(words: Tensor, counts: Tensor, width: int, kind: Kind, zeros: int = 885
 def strings_of(kind: Kind, zeros: int, words: int) -> list[tuple[int, ...]]:
     book = codebook(kind, zeros, words)
     found = []
-    for length, others in zip(book.length_W.tolist(), book.nonzero_WK.tolist(), strict=True):
+    for length, others in zip(book.length_W.tolist(), book.nonzero_KW.T.tolist(), strict=True):
         string = [0] * length
         for other in others:
             if other >= 0:

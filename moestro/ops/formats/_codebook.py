@@ -47,7 +47,7 @@ class Codebook:
     """Strings by word, and the steps that cut rows into them.
 
     Attributes:
-        length_W: int32, symbols of each string. nonzero_WK: int16, its k-th other symbol at place p as 2 p + (symbol -
+        length_W: int32, symbols of each string. nonzero_KW: int16, its k-th other symbol at place p as 2 p + (symbol -
             1), -1 where there are fewer; K is the most that a string has.
         step: int64 [states * 9], the state (times 9) after a state and a pair of symbols. word: uint16 [states * 9],
             the word that ends within that step. ends: a step into a state below this one (times 9) ends a word.
@@ -56,7 +56,7 @@ class Codebook:
     """
 
     length_W: Tensor
-    nonzero_WK: Tensor
+    nonzero_KW: Tensor
     step: Ints
     word: NDArray[np.uint16]
     ends: int
@@ -157,7 +157,7 @@ def _pairs(strings: _Strings) -> Codebook:
     step[strings.parent[inner], strings.last[inner]] = inner
     return Codebook(
         length_W=torch.from_numpy(2 * strings.depth).to(torch.int32),
-        nonzero_WK=torch.from_numpy(strings.nonzero).to(torch.int16),
+        nonzero_KW=torch.from_numpy(strings.nonzero.T.copy()).to(torch.int16),
         step=(9 * step).ravel(),
         word=np.repeat(np.arange(count + 1), 9).astype(np.uint16),
         ends=9 * 9,
@@ -193,7 +193,7 @@ def _tree(strings: _Strings, words: int) -> Codebook:
     flush[1, child[0, 0]] = -1  # all that is open is the zero after an odd row
     return Codebook(
         length_W=torch.from_numpy(depth[owner] + 1).to(torch.int32),
-        nonzero_WK=torch.from_numpy(table[:, : int((table >= 0).sum(1).max())]).to(torch.int16),
+        nonzero_KW=torch.from_numpy(table.T[: int((table >= 0).sum(1).max())].copy()).to(torch.int16),
         step=(9 * np.where(after < 0, 0, after)).ravel(),
         word=word.astype(np.uint16).ravel(),
         ends=9 * 4,  # only after the end of a word is the state the empty string or a single symbol
@@ -271,8 +271,8 @@ def decode(words: Tensor, counts_R: Tensor, width: int, book: Codebook) -> tuple
     base_R[live_R] = row_R[live_R] * width - before_N[first_R[live_R]]
     start_N = before_N + base_R.repeat_interleave(count_R)
     places, high = [], []
-    for column_W in book.nonzero_WK.to(words.device).T.contiguous():
-        found_N = column_W[word_N]
+    for nonzero_W in book.nonzero_KW.to(words.device):
+        found_N = nonzero_W[word_N]
         here_N = found_N >= 0
         found_N = found_N[here_N]
         places.append(start_N[here_N] + (found_N >> 1))
