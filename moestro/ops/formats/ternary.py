@@ -102,7 +102,7 @@ class Coded(_Ternary):
 
     def book(self, packing: Packing) -> Codebook:
         """The codebook of a packing."""
-        return codebook(self.kind, dict(packing.sizes).get("zeros", ZEROS))
+        return codebook(self.kind, dict(packing.sizes).get("zeros") or ZEROS)
 
     def parts(self, shape: tuple[int, int], packing: Packing) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """See Format. Before a matrix is packed: room for words of two symbols, the shortest there are."""
