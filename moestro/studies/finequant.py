@@ -208,7 +208,7 @@ STUDY = Study(
             claimed="fewer scales",
             metric="bytes",
             judge=Beats(method="adaptive_outliers", control="fixed_outliers"),
-            tells=TELLS,
+            tells="bytes of adaptive groups {adaptive_outliers}, of finest groups {fixed_outliers}.",
         ),
     ),
     arms=(

@@ -25,7 +25,7 @@ from moestro.surgery.rounding import Rounding, Seen
 
 
 PACKED = "compress.packed_experts"
-CHUNK = 1 << 25
+CHUNK = 1 << 23
 """Weights that are float32 at a time while a layer is packed."""
 
 

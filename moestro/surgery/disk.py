@@ -41,6 +41,9 @@ from moestro.surgery.rest import Rest
 RELEASE = 1 << 27
 """Bytes read from mapped files after which they are let go and mapped anew."""
 
+LARGE = 1 << 28
+"""Bytes of held tensors from which on only two of them are held."""
+
 HELD = 3
 """Tensors of the old files, and changed layers, kept in memory at a time."""
 
@@ -87,6 +90,8 @@ class Folder:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
+        while len(self._held) >= HELD or (len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > LARGE):
+            self._held.popitem(last=False)
         entry = self.entries[name]
         if entry.chain:
             found = join((self._source.get(piece.key) for piece in entry.pieces), entry.shape, entry.chain)
@@ -97,8 +102,6 @@ class Folder:
         if self._read > RELEASE:
             self._source.close()  # mapped pages that were read would stay in this process for as long as the map does
             self._read = 0
-        while len(self._held) > HELD:
-            self._held.popitem(last=False)
         return found
 
     def read(self, parameter: Tensor) -> Tensor:

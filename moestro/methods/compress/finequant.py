@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -74,8 +73,13 @@ class GroupChoice:
 
 def group_range(weight_OI: Tensor, group: int) -> float:
     """R(g): mean over rows and groups of 2 max |w|. A short last group counts as any other."""
-    pieces = torch.split(weight_OI.float().abs(), group, -1)
-    return 2 * float(torch.stack([piece.amax(-1) for piece in pieces]).double().mean())
+    out, width = weight_OI.shape
+    full = width // group * group
+    largest = weight_OI[:, :full].reshape(out, -1, group).abs().amax(-1).double()
+    total, count = largest.sum(), largest.numel()
+    if full < width:
+        total, count = total + weight_OI[:, full:].abs().amax(-1).double().sum(), count + out
+    return 2 * float(total) / count
 
 
 @functools.cache
