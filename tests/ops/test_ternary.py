@@ -149,18 +149,26 @@ def test_rates_of_the_papers_dictionary(zeros: float, width: int, expected: floa
     assert 16 * len(words) / symbols.numel() == pytest.approx(expected, rel=0.03)
 
 
+def zeros_of_normal_rows(width: int) -> float:
+    """1 - 2 E P(w > M / 2) for normal w, M the largest of a row: what the values leave at zero."""
+    from scipy.stats import norm
+
+    m = torch.linspace(0, 8, 20001, dtype=torch.float64)
+    density = torch.gradient(torch.from_numpy(norm.cdf(m)) ** width, spacing=(m,))[0]
+    return 1 - 2 * float(torch.trapezoid(density * torch.from_numpy(norm.sf(m / 2)), m))
+
+
 @pytest.mark.parametrize(
-    ("width", "zeros", "words", "beside"),
-    [(128, 0.796, 1.07, 0.375), (512, 0.863, 0.85, 0.094), (768, 0.876, 0.79, 0.0625), (3072, 0.916, 0.65, 0.0156)],
+    ("width", "words", "beside"), [(128, 1.19, 0.375), (512, 0.85, 0.094), (768, 0.79, 0.0625), (3072, 0.65, 0.0156)]
 )
-def test_rows_of_normal_weights(width: int, zeros: float, words: float, beside: float) -> None:
+def test_rows_of_normal_weights(width: int, words: float, beside: float) -> None:
     """The wider a row, the further its largest weight and the more zeros; less than a bit from 512 inputs on."""
-    weight = torch.randn(1, 400, width, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(1, 600, width, generator=torch.Generator().manual_seed(0))
     codes, params = formats.nearest(weight, Packing("ternary", None, "bf16"))
-    assert float((codes == 0).float().mean()) == pytest.approx(zeros, abs=0.004)
+    assert float((codes == 0).float().mean()) == pytest.approx(zeros_of_normal_rows(width), abs=0.003)
     for name in NAMES.values():
         parts, _ = formats.format_named(name).pack(codes, params, Packing(name, None, "bf16", (("zeros", 0),)))
-        assert 8 * parts["codes"].nbytes / weight.numel() < words * 1.03
+        assert 8 * parts["codes"].nbytes / weight.numel() < words
         extra = sum(part.nbytes for key, part in parts.items() if key != "codes")
         assert 8 * extra / weight.numel() == pytest.approx(beside, rel=0.01)
 
