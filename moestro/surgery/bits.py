@@ -160,9 +160,9 @@ def pack_layer(work: BitWork, opened: OpenModel, rounding: Rounding, seen: Seen 
             step = max(1, CHUNK // (work.shape(name)[0] * work.shape(name)[1]))
             for start in range(0, len(experts), step):
                 some = experts[start : start + step]
-                parts, final = _pack(work, opened, rounding, seen, name, one, some)
-                for place, expert in enumerate(some):
-                    packed[name, expert] = ({key: part[place] for key, part in parts.items()}, final)
+                packed |= {(name, expert): found for expert, found in zip(
+                    some, _pack(work, opened, rounding, seen, name, one, some), strict=True
+                )}  # fmt: skip
     if seen is not None:
         work.starved = (seen.count_E == 0).nonzero().flatten().tolist()
     formats = {name: _short([str(packed[name, e][1]) for e in range(len(used))]) for name, used in work.planned.items()}
@@ -188,8 +188,8 @@ def _pack(
     name: str,
     used: Packing,
     experts: list[int],
-) -> tuple[Parts, Packing]:
-    """Stored tensors of one projection of experts with the same packing, [n, ...]."""
+) -> list[tuple[Parts, Packing]]:
+    """Stored tensors of one projection of experts with the same packing, one expert after the other."""
     parameter, _ = work.place.slot(0, name)
     whole = opened.read(parameter)
     weight_EOI = torch.stack([whole[work.place.slot(expert, name)[1]].float() for expert in experts])
@@ -199,7 +199,13 @@ def _pack(
     form = format_named(used.format)
     try:
         codes, params = rounding(weight_EOI, used, gram_EII)
-        return form.pack(codes, params, used)
+        step = 1 if form.ragged else len(experts)
+        found = []
+        for at in range(0, len(experts), step):
+            some = {key: value[at : at + step] for key, value in params.items()}
+            parts, final = form.pack(codes[at : at + step], some, used)
+            found += [({key: part[place] for key, part in parts.items()}, final) for place in range(step)]
+        return found
     except ConfigError as error:
         raise PlanError(f"layer {work.layer} projection {name}: {error}") from None
 

@@ -80,10 +80,12 @@ class Format(ABC):
 
     Attributes:
         name: as packings spell it. bits: of a code, without what is stored beside it.
+        ragged: the bytes of a matrix depend on its weights, so that matrices are packed one by one.
     """
 
     name: str
     bits: float
+    ragged: bool = False
 
     @abstractmethod
     def fit(self, weight: Tensor, packing: Packing) -> Params:
