@@ -50,7 +50,7 @@ TEMPLATE = 4  # a row begins with a fourth of its length in template tokens
 
 def scale(budget: Budget) -> Mixture:
     """A mixture whose rows are wide enough for less than one bit."""
-    full = {"dim": 512, "inner": 768, "heads": 8, "steps": 200, "lr": 1e-3}
+    full: dict[str, Any] = {"dim": 512, "inner": 768, "heads": 8, "steps": 200, "lr": 1e-3}
     return size_of(budget, **budget.pick(ci={"layers": 1}, micro={"dim": 96, "inner": 128, "steps": 60}, full=full))
 
 
@@ -107,7 +107,7 @@ def packed(arm: str, seed: int, budget: Budget) -> nn.Module:
 
 def file_bytes(model: nn.Module) -> int:
     """Bytes of a file with the experts and nothing else."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site, layer in mixture_layers(model).items():
         state = {**dict(layer.bank.named_parameters()), **dict(layer.bank.named_buffers())}
         tensors |= {f"{site}.{name}": tensor.detach().contiguous() for name, tensor in state.items()}
