@@ -14,7 +14,8 @@ tokens t in T_e that are routed to it, with weight w_te, gate g_te before renorm
 
 ``keep`` is a number or share for every layer, or with ``budget="global"`` on average: each layer keeps at least
 ``floor`` experts, the rest of the budget goes to the best scores of all layers. Scores are compared as they are or as
-parts of their layer's sum (``compare``; errors of the reconstruction always as parts of the block's squared output).
+parts of their layer's sum (``compare``; errors of the reconstruction always as parts of the squared output of the
+block's routed experts).
 
 Sources: Z-code M3 (2109.10465: random and by utilisation); REAP (2510.13999, router-weighted activation); NAEE
 (2402.14800, section 3.1: least reconstruction loss, here greedy instead of over all subsets).
@@ -100,7 +101,8 @@ def scores(stats: LayerStats, criterion: Criterion) -> Tensor:
 
 
 def reconstruction(sample: BlockSample | None, least: int) -> Tensor:
-    """Score of each expert, float64 [E]: the error when it goes, as a part of the block's squared output.
+    """Score of each expert, float64 [E]: the error when it goes, as a part of the squared output
+    of the routed experts.
 
     Errors of later steps count at least as much as those of earlier ones, so that the lowest scores are always a set
     that the greedy choice went through. The last ``least`` experts score infinity.

@@ -66,6 +66,24 @@ def test_scores_are_the_sums_written_out(criterion: str) -> None:
         assert kept == sorted(want.argsort(descending=True)[:4].tolist())
 
 
+def test_gates_of_a_softmax_over_the_choice_are_those_of_one_over_all(tmp_path: Path) -> None:
+    """Its raw logits are no gates: with low ones the experts used most would go first."""
+    model = opened("gpt_oss", tmp_path)
+    for layer in layers_of(model):
+        with torch.no_grad():
+            layer.router.bias -= 3.0
+    plan = planned(PRUNE, model, criterion="router_weight", keep=4, allow_starved=True)
+    want_E, experts = torch.zeros(5, dtype=torch.float64), layers_of(model)[0].router.num_experts
+    for batch in batches():
+        routing = routings(model, batch)[0]
+        gate_TE = routing.scores.logits_TC.double().softmax(-1)
+        want_E += torch.zeros(experts, dtype=torch.float64).index_add(
+            0, routing.expert_N, gate_TE[routing.token_N, routing.expert_N]
+        )
+    torch.testing.assert_close(torch.tensor(plan.notes["scores"]["0"], dtype=torch.float64), want_E)
+    assert kept_of(plan)[0] == sorted(want_E.topk(4).indices.tolist())
+
+
 def test_router_norm_needs_no_data_and_is_the_length_of_a_row() -> None:
     model = mixture("llama", experts=6)
     plan = make_plan(PRUNE, model, {"criterion": "router_norm", "keep": 3})

@@ -49,7 +49,7 @@ class Calibrated(Config):
 
 
 def count_of(there: LayerShape, keep: int | float) -> int:
-    """Experts of a layer afterwards; a share is rounded to the nearest whole number, at least 1.
+    """Experts of a layer afterwards: at least 1, a share rounded to the nearest whole number, a half to the even one.
 
     Raises:
         PlanError: more than there are.
