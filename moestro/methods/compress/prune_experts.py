@@ -31,7 +31,15 @@ from moestro.core.card import MethodCard
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan
-from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, groups_of, least_of, refuse_remapped
+from moestro.methods.compress._parts.calibration import (
+    Calibrated,
+    Keep,
+    check_groups,
+    count_of,
+    groups_of,
+    least_of,
+    refuse_remapped,
+)
 from moestro.observe.sample import BlockSample
 from moestro.observe.statistics import LayerStats
 from moestro.surgery.choice import choose
@@ -186,12 +194,7 @@ def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config
                 f"layer {there.layer}: keep={config.keep} leaves {count} of {there.num_experts} experts, but each "
                 f"token chooses {there.top_k}; keep at least {least_of(there)}"
             )
-        if count % groups:
-            fit = [near for near in (count - count % groups, count - count % groups + groups) if near]
-            raise PlanError(
-                f"layer {there.layer}: {count} experts cannot be {groups} groups of equal size; keep "
-                f"{' or '.join(map(str, fit))}"
-            )
+        check_groups(there, count)
     if config.budget == "layer":
         return counts
     have = {there.layer: there.num_experts or 0 for there in layers}

@@ -76,6 +76,17 @@ def groups_of(there: LayerShape) -> int:
     return found
 
 
+def check_groups(there: LayerShape, count: int) -> None:
+    """Raise PlanError unless so many experts can be the groups that a layer's router chooses among."""
+    groups = groups_of(there)
+    if count % groups:
+        fit = [near for near in (count - count % groups, count - count % groups + groups) if near]
+        raise PlanError(
+            f"layer {there.layer}: {count} experts cannot be {groups} groups of equal size; keep "
+            f"{' or '.join(map(str, fit))}"
+        )
+
+
 def least_of(there: LayerShape) -> int:
     """Fewest experts that a layer's router can choose among: the groups it keeps must hold as many as it chooses."""
     groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
