@@ -60,7 +60,11 @@ def run_method(request: Request) -> None:
     if not hasattr(used.module, "plan"):
         _write_report(request)
     elif used.id.partition(".")[0] in CHANGES_MODELS:
-        _change_model(request)
+        streams = getattr(used.module, "streams", None)
+        if streams is not None and streams(used.configure(request.values)):
+            _change_on_disk(request)
+        else:
+            _change_model(request)
     else:
         _write_plan(request)
 
@@ -70,8 +74,10 @@ def _change_model(request: Request) -> None:
     from moestro.models.save import save
 
     model, donors = _load_all(request)
-    plan = _plan(request, model, donors)
-    receipt = surgery.apply(model, plan, donors=donors, calib=[parity_batch(model)])
+    batches = _batches(request)
+    plan = _plan(request, model, donors, batches)
+    calibrates = getattr(plan, "rounding", None) is not None and batches
+    receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else [parity_batch(model)])
     if request.plan_file is not None:
         plan.save(request.plan_file)
     try:
@@ -85,8 +91,34 @@ def _change_model(request: Request) -> None:
     print(f"saved {request.out}")
 
 
+def _change_on_disk(request: Request) -> None:
+    """For planners that read matrices only: the model is never opened, so it may be larger than memory."""
+    from moestro import surgery
+    from moestro.core.inputs import PlanInputs
+    from moestro.core.registry import method
+    from moestro.surgery.disk import Folder
+    from moestro.surgery.opened import OpenModel
+
+    used, ref = method(request.method_id), request.inputs["model"]
+    folder = Folder(ref)
+    print(f"{request.method_id}: plan", flush=True)
+    subject = OpenModel(folder.model, folder.name, folder.read)
+    plan = used.plan(PlanInputs(subject=subject, seed=request.seed), used.configure(request.values))
+    folder.release()
+    for line in plan.notes.get("lines", ()):
+        print(line, flush=True)
+    receipt = surgery.apply(ref, plan, request.out, calib=_batches(request) or None, overwrite=request.overwrite)
+    if request.plan_file is not None:
+        plan.save(request.plan_file)
+    for line in account(receipt):
+        print(line)
+    if receipt["parity"] is None:
+        print("answers were not compared, that opens both models; --data TEXTS does it")
+    print(f"saved {request.out}")
+
+
 def _write_plan(request: Request) -> None:
-    plan = _plan(request, *_load_all(request))
+    plan = _plan(request, *_load_all(request), _batches(request))
     plan.save(request.out)
     print(f"saved {request.out}")
 
@@ -163,11 +195,10 @@ def refuse_other_tokenizers(refs: list[str]) -> None:
             )
 
 
-def _plan(request: Request, model: Any, donors: dict[str, Any]) -> "Plan":
+def _plan(request: Request, model: Any, donors: dict[str, Any], batches: list[Any]) -> "Plan":
     from moestro.methods.planning import make_plan
     from moestro.observe.calibrate import coverage_table
 
-    batches = _batches(request)
     print(f"{request.method_id}: plan", flush=True)
     plan = make_plan(
         request.method_id,
@@ -180,6 +211,8 @@ def _plan(request: Request, model: Any, donors: dict[str, Any]) -> "Plan":
     )
     if "calibration" in plan.notes:
         print(coverage_table(plan.notes["calibration"]))
+    for line in plan.notes.get("lines", ()):
+        print(line, flush=True)
     return plan
 
 
@@ -230,6 +263,19 @@ def account(receipt: dict[str, Any]) -> list[str]:
         f"ledger: {ledger['rows_touched']} of {ledger['rows_expected']} rows written",
         f"parameters: {count['before']:,} before, {count['after']:,} after",
     ]
+    if "bits_per_weight" in receipt:
+        sizes = receipt["bytes"]
+        before, after = (sum(size[when] for size in sizes.values()) for when in ("before", "after"))
+        bits = receipt["bits_per_weight"]
+        lines += [
+            f"experts: {bits['before']:.3f} bits a weight before, {bits['after']:.3f} after",
+            f"bytes: {before:,} before, {after:,} after ("
+            + ", ".join(f"{what} {size['after']:,}" for what, size in sizes.items())
+            + ")",
+        ]
+    if "changed_choices" in receipt:
+        lines.append(f"choices of experts that changed: {receipt['changed_choices']['mean']:.2%}")
+    lines += [f"warning: {text}" for text in receipt.get("warnings", ())]
     for name, gap in (receipt["parity"] or {}).items():
         what = name.replace("_", " ")
         lines.append(

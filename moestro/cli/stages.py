@@ -146,7 +146,8 @@ def values_of(subject: "Method", flags: dict[str, Any], file: Path | None) -> di
         if text is None:
             continue
         annotation = subject.config_type.model_fields[name].annotation
-        if isinstance(text, bool) or annotation is str or get_origin(annotation) is Literal:
+        words = get_origin(annotation) is Literal and all(isinstance(word, str) for word in get_args(annotation))
+        if isinstance(text, bool) or annotation is str or words:
             values[name] = text
             continue
         try:

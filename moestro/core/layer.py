@@ -89,6 +89,22 @@ class MoELayer(nn.Module):
         self.noise = noise
         self.losses = nn.ModuleDict(losses or {})
 
+    def around(self, router: Router, bank: Bank) -> "MoELayer":
+        """Other experts under a router, with all that surrounds those of this layer."""
+        layer = MoELayer(
+            router,
+            bank,
+            site=self.site,
+            shared=self.shared,
+            combine=self.combine,
+            pre=self.pre,
+            post=self.post,
+            noise=self.noise,
+        )
+        layer.losses = self.losses
+        layer.dispatcher = self.dispatcher
+        return layer
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden: Tensor) -> Tensor:
         """Mixture output [..., O] of hidden states [..., D]."""

@@ -168,11 +168,50 @@ class ExpertPlan(Plan):
 
 
 class BitPlan(Plan):
-    """Bits for each (layer, expert, projection), keyed ``layer/expert/projection``."""
+    """How the matrices of experts are stored, keyed ``layer/expert/projection``.
+
+    A plan names every expert of every mixture; what stays a float says so, as a matrix of the format ``wide`` or as a
+    layer in ``wide``. Nothing else of a model is ever packed.
+
+    Attributes:
+        bits: of a code, for each matrix. group_size: weights along the input that share a scale, None for a whole row.
+        formats: packings (see docs/formats.md) of single matrices; without one a matrix has the ``int`` format of its
+            bits, ``sign1`` for 1, in groups of ``group_size`` with float32 scales.
+        wide: layers whose experts stay as they are.
+        rounding: a method with ``rounding(config)`` that chooses the codes; None rounds to the nearest.
+    """
 
     kind: ClassVar[str] = "bits"
     bits: dict[str, float]
-    group_size: int | None = None
+    group_size: int | None = Field(default=None, ge=1)
+    formats: dict[str, str] = Field(default_factory=dict)
+    wide: list[int] = Field(default_factory=list)
+    rounding: MethodUse | None = None
+
+    @model_validator(mode="after")
+    def _keyed(self) -> Self:
+        for key in (*self.bits, *self.formats):
+            layer, _, rest = key.partition("/")
+            expert, _, projection = rest.partition("/")
+            if not (layer.isdecimal() and expert.isdecimal() and projection in ("gate", "up", "down")):
+                raise ConfigError(
+                    f"{key!r} names no matrix of an expert; keys are layer/expert/projection such as 3/0/up, "
+                    "with gate, up or down: routers, norms, embeddings and attention are never packed"
+                )
+            if key not in self.bits:
+                raise ConfigError(f"formats name {key}, bits do not")
+            if int(layer) in self.wide:
+                raise ConfigError(f"layer {layer} is in `wide`, and {key} has bits; one of the two is wrong")
+        return self
+
+    def packing(self, layer: int, expert: int, projection: str) -> str | None:
+        """The packing of one matrix as it is spelled, None where the plan has none."""
+        key = f"{layer}/{expert}/{projection}"
+        if key in self.formats or key not in self.bits:
+            return self.formats.get(key)
+        bits = self.bits[key]
+        name = "sign1" if bits == 1 else f"int{bits:g}" if bits < 16 else "wide"
+        return f"{name}:{'row' if self.group_size is None else f'g{self.group_size}'}"
 
 
 class PlacementPlan(Plan):

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moestro.core.bank import unfilled_banks
 from moestro.core.errors import LoadError
 from moestro.models.auto import TASKS
 from moestro.models.headers import shown
@@ -35,7 +36,10 @@ class Tensors(Protocol):
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Inside, every parameter that a module registers loses its storage and keeps its shape and type."""
+    """Inside, every parameter that a module registers loses its storage and keeps its shape and type.
+
+    New banks do not fill their matrices first: that would bring a whole layer's experts into memory.
+    """
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -45,7 +49,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with unfilled_banks():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 

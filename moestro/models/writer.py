@@ -40,7 +40,11 @@ def write_source(source: TensorSource, folder: Path, *, shard_bytes: int = SHARD
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(source, folder / name, keys, workers=workers)
         weight_map |= dict.fromkeys(keys, name)
-    total = sum(map(source.nbytes, source.keys()))
+    write_index(folder, weight_map, sum(map(source.nbytes, source.keys())))
+
+
+def write_index(folder: Path, weight_map: dict[str, str], total: int) -> None:
+    """Write the index of shards: tensor name -> file name, and the bytes of all tensors."""
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 

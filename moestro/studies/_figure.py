@@ -1,5 +1,6 @@
 """One figure per study: every arm's seeds as points, the mean and its interval, one panel per metric of a claim."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ __all__ = ["draw"]
 
 COLOURS = {"method": "#1b6ca8", "control": "#b3541e", "reference": "#6b6b6b"}
 MAX_PANELS = 4
+LABEL = 38  # characters that fit under a panel
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:
@@ -44,6 +46,6 @@ def _panel(axes: Any, record: Mapping[str, Any], metric: str) -> None:
             axes.plot(found["interval"], [row, row], "-", color=colour, linewidth=2)
         axes.plot([found["mean"]], [row], "D", color=colour, markersize=5)
     unit = record["units"].get(metric)
-    axes.set_xlabel(f"{metric} ({unit})" if unit else metric)
+    axes.set_xlabel(textwrap.fill(f"{metric} ({unit})" if unit else metric, LABEL))
     axes.grid(axis="x", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from moestro.core.config import Config
 from moestro.core.errors import MoestroError, PlanError
 from moestro.core.inputs import LayerShape
 from moestro.core.layer import MoELayer
-from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse
+from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse, Plan
 from moestro.core.registry import method
 from moestro.core.remap import RemapRouter
 from moestro.core.site import Shared
@@ -65,13 +65,17 @@ def check(plan: ExpertPlan, donors: Mapping[str, OpenModel]) -> list[Work]:
     Raises:
         PlanError: the plan does not fit; layer, expert and numbers are in the message.
     """
-    target = donors["self"]
+    check_hash(plan, donors["self"])
+    return [_check_layer(plan, entry, donors) for entry in sorted(plan.layers, key=lambda entry: entry.layer)]
+
+
+def check_hash(plan: Plan, target: OpenModel) -> None:
+    """Raise PlanError if the plan was made for another model."""
     if plan.model_hash is not None and plan.model_hash != target.fingerprint():
         raise PlanError(
             f"the plan was made by {plan.method} for a model of hash {plan.model_hash[:12]}, {target.shape.name} has "
             f"{target.fingerprint()[:12]}; make a new plan for it"
         )
-    return [_check_layer(plan, entry, donors) for entry in sorted(plan.layers, key=lambda entry: entry.layer)]
 
 
 def _check_layer(plan: ExpertPlan, entry: LayerExperts, donors: Mapping[str, OpenModel]) -> Work:

@@ -5,6 +5,8 @@ like an open model does. The writer then asks for one tensor after the other: un
 those of a changed layer from that layer, built and filled when it is first asked for.
 """
 
+import ctypes
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,6 +37,12 @@ from moestro.surgery.receipt import Calib, count_parameters, describe, parity
 from moestro.surgery.record import record
 from moestro.surgery.rest import Rest
 
+
+RELEASE = 1 << 27
+"""Bytes read from mapped files after which they are let go and mapped anew."""
+
+LARGE = 1 << 28
+"""Bytes of held tensors from which on only two of them are held."""
 
 HELD = 3
 """Tensors of the old files, and changed layers, kept in memory at a time."""
@@ -72,7 +80,9 @@ class Folder:
                 put(self.model, name, torch.empty(entry.shape, dtype=kind, device="meta"))
         config.dtype = self.model.dtype
         state_of(self.model).folder = opened.folder
-        self._names = {id(t): name for name, t in self.model.state_dict(keep_vars=True).items()}
+        self._empty = self.model.state_dict(keep_vars=True)  # held, so that no other tensor gets the id of one of them
+        self._names = {id(t): name for name, t in self._empty.items()}
+        self._read = 0
         self._held: OrderedDict[str, Tensor] = OrderedDict()
 
     def tensor(self, name: str) -> Tensor:
@@ -80,19 +90,38 @@ class Folder:
         if name in self._held:
             self._held.move_to_end(name)
             return self._held[name]
+        while len(self._held) >= HELD or (len(self._held) > 1 and sum(t.nbytes for t in self._held.values()) > LARGE):
+            self._held.popitem(last=False)
         entry = self.entries[name]
         if entry.chain:
             found = join((self._source.get(piece.key) for piece in entry.pieces), entry.shape, entry.chain)
         else:
             found = self._source.get(entry.pieces[0].key)
         self._held[name] = found
-        while len(self._held) > HELD:
-            self._held.popitem(last=False)
+        self._read += found.numel() * found.element_size()
+        if self._read > RELEASE:
+            self._source.close()  # mapped pages that were read would stay in this process for as long as the map does
+            self._read = 0
         return found
 
     def read(self, parameter: Tensor) -> Tensor:
-        """What an empty parameter of the model stands for."""
-        return self.tensor(self._names[id(parameter)])
+        """What an empty parameter of the model stands for; one that was filled since stands for itself."""
+        name = self._names.get(id(parameter))
+        return parameter.detach() if name is None else self.tensor(name)
+
+    def release(self) -> None:
+        """Let go of all tensors and of the mapped files, and give freed memory back to the system."""
+        self._held.clear()
+        self._source.close()
+        if sys.platform == "linux":
+            # glibc keeps what is freed below some size; layer by layer that adds up to the size of the model.
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+            if trim is not None:
+                trim(0)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor on disk."""
+        return sum(self._source.nbytes(piece.key) for piece in self.entries[name].pieces)
 
 
 class Changed:

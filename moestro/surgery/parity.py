@@ -10,7 +10,7 @@ from moestro.core.context import RoutingContext
 from moestro.core.errors import DataError
 from moestro.core.router import Router
 from moestro.core.routing import Routing
-from moestro.core.session import Edit, session
+from moestro.core.session import Edit, Recorder, session
 
 
 class AllOn(Edit):
@@ -39,7 +39,32 @@ class AllOn(Edit):
         )
 
 
-def answers(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> list[Tensor]:
+class Choices:
+    """Recorder: which choices the valid tokens made, by site, as [T, C] booleans of one forward after the other."""
+
+    def __init__(self) -> None:
+        self.chosen: dict[str, list[Tensor]] = {}
+
+    def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
+        """See Recorder."""
+        table_TC = torch.zeros(routing.num_tokens, routing.num_choices, dtype=torch.bool)
+        table_TC[routing.token_N.cpu(), routing.expert_N.cpu()] = True
+        if ctx.tokens is not None:
+            table_TC = table_TC[ctx.tokens.valid_T.cpu()]
+        self.chosen.setdefault(site, []).append(table_TC)
+
+    def changed(self, after: "Choices") -> dict[str, float]:
+        """Share of the choices that are others ``after``, by site."""
+        found = {}
+        for site, tables in self.chosen.items():
+            kept = sum(int((one & two).sum()) for one, two in zip(tables, after.chosen[site], strict=True))
+            found[site] = 1 - kept / max(1, sum(int(table.sum()) for table in tables))
+        return found
+
+
+def answers(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], recorder: Recorder | None = None
+) -> list[Tensor]:
     """Logits (hidden states of a model without a head) of each batch's valid tokens, [T, V].
 
     The model runs in evaluation mode, without gradient.
@@ -47,6 +72,7 @@ def answers(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> 
     Args:
         batches: arguments of the model's forward, or token ids [B, S]. They are kept with their logits: a few hundred
             tokens tell enough.
+        recorder: sees every routing.
 
     Raises:
         DataError: no batches.
@@ -56,16 +82,21 @@ def answers(model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor]) -> 
     found = []
     model.eval()
     try:
-        with torch.no_grad(), session(collect=False):
+        with torch.no_grad(), session(collect=False, recorder=recorder):
             for batch in batches:
-                call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-                call = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in call.items()}
+                call = call_of(batch, device)
                 found.append(_output(model(**call), call))
     finally:
         model.train(training)
     if not found:
         raise DataError("calib holds no batch; give at least one, or leave it out")
     return found
+
+
+def call_of(batch: Mapping[str, Any] | Tensor, device: torch.device) -> dict[str, Any]:
+    """A batch as arguments of the model's forward."""
+    call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    return {name: v.to(device) if isinstance(v, Tensor) else v for name, v in call.items()}
 
 
 def _output(result: Any, call: Mapping[str, Any]) -> Tensor:

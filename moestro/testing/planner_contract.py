@@ -80,7 +80,9 @@ def planned(method: Method, model: Any, seed: int = 3) -> AnyPlan:
 
 
 def applied(method: Method, model: Any, plan: AnyPlan, **more: Any) -> dict[str, Any]:
-    """The receipt of a plan that is applied to the model it was made for."""
+    """The receipt of a plan that is applied to the model it was made for, calibrated on `batch` where it rounds."""
+    if isinstance(plan, BitPlan):
+        more.setdefault("calib", [batch()])
     return surgery.apply(model, plan, donors=donors_of(method, model), **more)
 
 
@@ -89,8 +91,12 @@ def part_of(plan: AnyPlan, layer: int) -> AnyPlan:
     if isinstance(plan, ExpertPlan):
         kept = [entry for entry in plan.layers if entry.layer == layer]
         return plan.model_copy(update={"layers": kept, "rest": "keep"})
-    bits = {key: value for key, value in plan.bits.items() if int(key.split("/")[0]) == layer}
-    return plan.model_copy(update={"bits": bits})
+    bits, formats = (
+        {key: value for key, value in table.items() if int(key.split("/")[0]) == layer}
+        for table in (plan.bits, plan.formats)
+    )
+    wide = [other for other in (*plan.wide, *layers_of(plan)) if other != layer]
+    return plan.model_copy(update={"bits": bits, "formats": formats, "wide": wide})
 
 
 def layers_of(plan: AnyPlan) -> list[int]:
@@ -193,7 +199,7 @@ def calibration_is_noted(method: Method) -> None:
     if "experts" not in wanted(method, example_config(method)):
         return
     for model, plan in subjects(method):
-        receipt = surgery.apply(model, plan)
+        receipt = applied(method, model, plan)
         note = receipt["notes"]["calibration"]
         assert note == plan.notes["calibration"]
         assert note["tokens"] == batch().numel()
@@ -210,7 +216,7 @@ def experts_shrink(method: Method) -> None:
             shared = sum(p.nbytes for layer in layers if layer.shared is not None for p in layer.shared.parameters())
             sizes.append((experts, shared))
             if len(sizes) == 1:
-                surgery.apply(model, plan)
+                applied(method, model, plan)
         assert sizes[1][0] < sizes[0][0], f"experts take {sizes[1][0]} bytes, before {sizes[0][0]}"
         assert sizes[1][1] == sizes[0][1], "a shared branch changed its size"
 
@@ -218,7 +224,7 @@ def experts_shrink(method: Method) -> None:
 def choices_exist(method: Method) -> None:
     """See the contract."""
     for model, plan in subjects(method):
-        surgery.apply(model, plan)
+        applied(method, model, plan)
         counts = {site: layer.bank.num_experts for site, layer in mixture_layers(model).items()}
         for ids in (batch(), batch()[:1, :1]):
             with torch.no_grad(), session(collect=True) as opened:

@@ -66,7 +66,8 @@ def test_answers_that_are_not_finite_are_found() -> None:
 def test_a_plan_is_cut_to_one_layer_whatever_its_kind() -> None:
     bits = BitPlan(method="compress.stub", bits={"1/0/up": 2.0, "1/1/up": 3.0, "10/0/up": 4.0})
     assert planner_contract.layers_of(bits) == [1, 10]
-    assert planner_contract.part_of(bits, 1) == bits.model_copy(update={"bits": {"1/0/up": 2.0, "1/1/up": 3.0}})
+    one = bits.model_copy(update={"bits": {"1/0/up": 2.0, "1/1/up": 3.0}, "wide": [10]})
+    assert planner_contract.part_of(bits, 1) == one
     experts = ExpertPlan(method="compress.stub", layers=[LayerExperts(layer=n, experts=some(n, 3)) for n in (4, 2)])
     assert planner_contract.layers_of(experts) == [2, 4]
     assert planner_contract.layers_of(planner_contract.part_of(experts, 4)) == [4]

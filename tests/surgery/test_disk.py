@@ -12,7 +12,7 @@ import moestro
 from moestro import surgery
 from moestro.core.errors import PlanError, SaveError
 from moestro.core.inputs import PlanInputs
-from moestro.core.plan import BitPlan, ExpertPlan, ExpertSource, LayerExperts
+from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, ServingPlan
 from moestro.core.registry import method
 from moestro.models.source import SafetensorsSource
 from moestro.surgery import plans
@@ -155,8 +155,8 @@ def test_nothing_is_written_when_a_plan_does_not_fit(tmp_path: Path) -> None:
         surgery.apply(tmp_path / "in", ExpertPlan(method="test", layers=[keep(9, [0])]), tmp_path / "out")
     with pytest.raises(PlanError, match="is a checkpoint; say with `out`"):
         surgery.apply(tmp_path / "in", dense_plan(subject(tmp_path / "in")))
-    with pytest.raises(PlanError, match="this one is about bits"):
-        surgery.apply(tmp_path / "in", BitPlan(method="test", bits={}), tmp_path / "out")
+    with pytest.raises(PlanError, match="this one is about serving"):
+        surgery.apply(tmp_path / "in", ServingPlan(method="test", budget_bytes=1, tiers={}), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -198,3 +198,13 @@ def test_layers_are_let_go_while_writing(tmp_path: Path, monkeypatch: pytest.Mon
     surgery.apply(tmp_path / "in", dense_plan(subject(tmp_path / "in")), tmp_path / "out")
     assert max(held) <= disk.HELD
     assert len(layers_of(moestro.load(tmp_path / "out"))) == 9
+
+
+def test_buffers_are_read_from_the_files_and_filled_parameters_stand_for_themselves(tmp_path: Path) -> None:
+    model = tiny_folder("deepseek_v3", tmp_path / "in")
+    folder = Folder(tmp_path / "in")
+    router = layers_of(folder.model)[0].router
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(folder.read(router.selection_bias), bias)
+    filled = torch.nn.Parameter(torch.ones(3))
+    assert torch.equal(folder.read(filled), torch.ones(3))

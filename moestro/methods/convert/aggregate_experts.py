@@ -70,6 +70,22 @@ def of_one_origin(first: Subject, second: Subject, layers: list[int]) -> bool:
     return sum(votes) * 2 > len(votes)
 
 
+def _count(model: Subject, layer: int) -> int:
+    return model.shape.layer(layer).num_experts or 0
+
+
+def _check_router(name: str, mine: LayerShape, theirs: LayerShape) -> None:
+    """Raise PlanError unless both routers are made by the same method with the same settings."""
+    if theirs.num_experts is None:
+        raise PlanError(f"{name} layer {theirs.layer} is dense; aggregation joins mixtures, see convert.upcycle")
+    routers = [None if there.module is None else there.module.config.get("router") for there in (mine, theirs)]
+    remaps = [None if there.module is None else there.module.config.get("remap") for there in (mine, theirs)]
+    if any(remap is not None for remap in remaps):
+        raise PlanError(f"layer {mine.layer}: a remapped router has no row for each expert; aggregate before merging")
+    if routers[0] != routers[1]:
+        raise PlanError(f"{name} layer {theirs.layer} routes by {routers[1]}, the first model by {routers[0]}")
+
+
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
     """The experts of the model and of its donors side by side, in the order in which the models are given.
 
@@ -116,22 +132,6 @@ def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodU
         )
     router = {**router, "config": {**router["config"], "num_groups": groups * len(models)}}
     return MethodUse(method=module.method, config={**module.config, "num_experts": experts, "router": router})
-
-
-def _count(model: Subject, layer: int) -> int:
-    return model.shape.layer(layer).num_experts or 0
-
-
-def _check_router(name: str, mine: LayerShape, theirs: LayerShape) -> None:
-    """Raise PlanError unless both routers are made by the same method with the same settings."""
-    if theirs.num_experts is None:
-        raise PlanError(f"{name} layer {theirs.layer} is dense; aggregation joins mixtures, see convert.upcycle")
-    routers = [None if there.module is None else there.module.config.get("router") for there in (mine, theirs)]
-    remaps = [None if there.module is None else there.module.config.get("remap") for there in (mine, theirs)]
-    if any(remap is not None for remap in remaps):
-        raise PlanError(f"layer {mine.layer}: a remapped router has no row for each expert; aggregate before merging")
-    if routers[0] != routers[1]:
-        raise PlanError(f"{name} layer {theirs.layer} routes by {routers[1]}, the first model by {routers[0]}")
 
 
 CARD = MethodCard(

@@ -63,6 +63,18 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
     return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True) * temperature**2
 
 
+def only(teachers: Mapping[str, nn.Module]) -> nn.Module:
+    """The one teacher of a student.
+
+    Raises:
+        ConfigError: none, or several.
+    """
+    if len(teachers) != 1:
+        given = ", ".join(teachers) or "none"
+        raise ConfigError(f"a student has one teacher, given: {given}; write teachers: {{teacher: FOLDER}}")
+    return next(iter(teachers.values()))
+
+
 def objective(
     model: nn.Module, batch: dict[str, Tensor], teachers: Mapping[str, nn.Module], config: Config
 ) -> dict[str, LossTerm]:
@@ -95,18 +107,6 @@ def objective(
             )
         distillation = beta * divergence(student_NV, teacher_NV, config.temperature)
     return {"causal": LossTerm(causal, "token"), "distillation": LossTerm(distillation, "token")}
-
-
-def only(teachers: Mapping[str, nn.Module]) -> nn.Module:
-    """The one teacher of a student.
-
-    Raises:
-        ConfigError: none, or several.
-    """
-    if len(teachers) != 1:
-        given = ", ".join(teachers) or "none"
-        raise ConfigError(f"a student has one teacher, given: {given}; write teachers: {{teacher: FOLDER}}")
-    return next(iter(teachers.values()))
 
 
 CARD = MethodCard(

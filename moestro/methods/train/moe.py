@@ -97,19 +97,7 @@ def _around(site: Site, router: Router, bank: StackedFFN) -> MoELayer:
     there = site.module
     if not isinstance(there, MoELayer):
         raise ConfigError(f"{site.path}: keep=True, but a {type(there).__name__} stands there, not a mixture")
-    layer = MoELayer(
-        router,
-        bank,
-        site=there.site,
-        shared=there.shared,
-        combine=there.combine,
-        pre=there.pre,
-        post=there.post,
-        noise=there.noise,
-    )
-    layer.losses = there.losses
-    layer.dispatcher = there.dispatcher
-    return layer
+    return there.around(router, bank)
 
 
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:

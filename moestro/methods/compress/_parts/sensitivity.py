@@ -1,0 +1,160 @@
+"""What packing one expert alone would do to its layer: measured on the layer's own inputs, one block at a time.
+
+    eps_ij = sum over batches of || y(i in j bits) - y ||_F     over the tokens of a batch
+
+Routers read the layer's input, which stays as it is, so only the rows of expert i change: the difference is the
+weighted difference of that expert's outputs, and E times J full forwards of the block are not needed.
+
+Source: MC-MoE (2410.06270, section 3.2), read as its code does: the output of the mixture block, not of the model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro import ops
+from moestro.core.bank import StackedFFN
+from moestro.core.context import RoutingContext
+from moestro.core.errors import PlanError
+from moestro.core.layer import MoELayer, mixture_layers
+from moestro.core.routing import Routing
+from moestro.core.session import session
+from moestro.observe import layerwise
+from moestro.ops.formats import Packing, check_packing, dequantise, quantise
+from moestro.surgery.rounding import Batches
+
+
+@dataclass
+class Importance:
+    """Of one layer, by expert.
+
+    Attributes:
+        count_E: tokens that chose it, int64. weight_E: sum of its gates before renormalisation, float64.
+        eps_EJ: float64, for each packing how far the layer's routed output moves. tokens: valid tokens seen.
+    """
+
+    count_E: Tensor
+    weight_E: Tensor
+    eps_EJ: Tensor
+    tokens: int
+
+
+Matrices = Mapping[str, Tensor]
+"""gate, up, down of one expert."""
+
+
+def expert_rows(bank: StackedFFN, expert: int, matrices: Matrices, rows_ND: Tensor) -> Tensor:
+    """Outputs [N, O] of one expert with these matrices and its own biases."""
+    pre_NJ = torch.cat([F.linear(rows_ND, matrices[name]) for name in bank.projections[:-1]], -1)
+    if bank.up_bias is not None:
+        pre_NJ = pre_NJ + bank.up_bias[expert]
+    y_NO = F.linear(ops.apply_activation(pre_NJ, bank.activation, bank.gated), matrices["down"])
+    return y_NO if bank.down_proj_bias is None else y_NO + bank.down_proj_bias[expert]
+
+
+class _Taken:
+    """Recorder: a layer's routing and input of one forward."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        self.layer = layer
+        self.seen: list[tuple[Tensor, Routing, Tensor]] = []
+
+    def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
+        """See Recorder. The layer kept its input for the session before it routed."""
+        if site == self.layer.site and ctx.tokens is not None:
+            self.seen.append((ctx.kept[site, "input"].detach(), routing, ctx.tokens.valid_T))
+
+
+@torch.no_grad()
+def importance(
+    model: nn.Module, batches: Batches, layers: Sequence[int], packings: Sequence[str]
+) -> dict[int, Importance]:
+    """Frequency, weight and sensitivity of the experts of some layers, on the float model.
+
+    Args:
+        batches: arguments of the model's forward. layers: indices of blocks, all of them mixtures of float experts.
+        packings: spelled; a group wider than a row means the whole row.
+
+    Raises:
+        PlanError: an output that is not finite.
+    """
+    found: dict[int, Importance] = {}
+    for step in layerwise(model, batches):
+        inside = [layer for layer in mixture_layers(step.block).values() if step.index in layers]
+        if not inside:
+            continue
+        (layer,) = inside
+        assert isinstance(layer.bank, StackedFFN)
+        taken = _Taken(layer)
+        with session(recorder=taken, keeps=["input"]):
+            step.run()
+        found[step.index] = _of_layer(layer, taken, packings)
+        if not bool(found[step.index].eps_EJ.isfinite().all()):
+            raise PlanError(f"layer {step.index}: the sensitivity of an expert is not finite; look for NaN weights")
+    return found
+
+
+def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[str]) -> Importance:
+    bank = layer.bank
+    assert isinstance(bank, StackedFFN)
+    experts = bank.num_experts
+    result = Importance(
+        torch.zeros(experts, dtype=torch.int64),
+        torch.zeros(experts, dtype=torch.float64),
+        torch.zeros(experts, len(packings), dtype=torch.float64),
+        0,
+    )
+    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(experts)]
+    for x_TD, routing, valid_T in taken.seen:
+        real = routing.real()
+        live_N = valid_T[real.token_N]
+        token_N, expert_N, weight_N = real.token_N[live_N], real.expert_N[live_N], real.weight_N[live_N]
+        gate_N = weight_N if routing.scores is None else routing.scores.gate_TC[token_N, expert_N]
+        result.tokens += int(valid_T.sum())
+        result.count_E += torch.bincount(expert_N, minlength=experts).cpu()
+        result.weight_E.index_add_(0, expert_N.cpu(), gate_N.double().cpu())
+        narrow_TD = x_TD if layer.pre is None else layer.pre(x_TD)
+        for expert in sorted(set(expert_N.tolist())):
+            mine_N = expert_N == expert
+            rows[expert].append((narrow_TD[token_N[mine_N]].float(), weight_N[mine_N].float()))
+    for expert, parts in enumerate(rows):
+        if parts:
+            result.eps_EJ[expert] = _moved(bank, expert, parts, packings)
+    return result
+
+
+def _moved(bank: StackedFFN, expert: int, parts: Sequence[tuple[Tensor, Tensor]], packings: Sequence[str]) -> Tensor:
+    """eps of one expert for each packing, [J]; ``parts``: its rows and their weights, batch by batch."""
+    whole = {name: bank.weight(expert, name).float() for name in bank.projections}
+    before = [expert_rows(bank, expert, whole, rows_ND) for rows_ND, _ in parts]
+    eps_J = []
+    for spelled in packings:
+        coarse = {name: rounded(matrix, spelled) for name, matrix in whole.items()}
+        total = 0.0
+        for (rows_ND, weight_N), y_NO in zip(parts, before, strict=True):
+            gap_NO = expert_rows(bank, expert, coarse, rows_ND) - y_NO
+            total += float((gap_NO * weight_N[:, None]).double().norm())
+        eps_J.append(total)
+    return torch.tensor(eps_J, dtype=torch.float64)
+
+
+def rounded(matrix: Tensor, spelled: str) -> Tensor:
+    """A matrix [out, in] as its nearest codes stand for."""
+    used = fitting(spelled, matrix.shape[1])
+    parts, final = quantise(matrix[None], used)
+    return dequantise(parts, (matrix.shape[0], matrix.shape[1]), final)[0]
+
+
+def fitting(spelled: str, width: int) -> Packing:
+    """The packing for rows of ``width`` inputs: a group that is wider means the whole row."""
+    from moestro.ops.formats import packing
+
+    used = packing(spelled)
+    return (
+        Packing(used.format, None, used.scale)
+        if used.group is None or used.group >= width
+        else check_packing(used, width)
+    )
