@@ -86,6 +86,23 @@ def _check_router(name: str, mine: LayerShape, theirs: LayerShape) -> None:
         raise PlanError(f"{name} layer {theirs.layer} routes by {routers[1]}, the first model by {routers[0]}")
 
 
+def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodUse | None:
+    """The module of a layer whose router holds the groups of all models; None where it has no groups."""
+    module = models["self"].shape.layer(layer).module
+    router = {} if module is None else module.config.get("router", {})
+    groups = router.get("config", {}).get("num_groups", 1)
+    if module is None or groups == 1:
+        return None
+    counts = [_count(model, layer) for model in models.values()]
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"layer {layer}: its router chooses among {groups} groups of equal size, and the models have "
+            f"{' and '.join(map(str, counts))} experts; join models of as many"
+        )
+    router = {**router, "config": {**router["config"], "num_groups": groups * len(models)}}
+    return MethodUse(method=module.method, config={**module.config, "num_experts": experts, "router": router})
+
+
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
     """The experts of the model and of its donors side by side, in the order in which the models are given.
 
@@ -115,23 +132,6 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
         entry.model_copy(update={"module": _grouped(entry.layer, len(entry.experts), models)}) for entry in plan.layers
     ]
     return plan.model_copy(update={"layers": entries})
-
-
-def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodUse | None:
-    """The module of a layer whose router holds the groups of all models; None where it has no groups."""
-    module = models["self"].shape.layer(layer).module
-    router = {} if module is None else module.config.get("router", {})
-    groups = router.get("config", {}).get("num_groups", 1)
-    if module is None or groups == 1:
-        return None
-    counts = [_count(model, layer) for model in models.values()]
-    if len(set(counts)) > 1:
-        raise PlanError(
-            f"layer {layer}: its router chooses among {groups} groups of equal size, and the models have "
-            f"{' and '.join(map(str, counts))} experts; join models of as many"
-        )
-    router = {**router, "config": {**router["config"], "num_groups": groups * len(models)}}
-    return MethodUse(method=module.method, config={**module.config, "num_experts": experts, "router": router})
 
 
 CARD = MethodCard(
