@@ -178,12 +178,16 @@ class JointMoments:
         return self.comoment_DD + self.count * torch.outer(self.mean_D, self.mean_D)
 
     @property
+    def varies_D(self) -> Tensor:
+        """Which columns vary, bool [D]. The rounding of a mean of equal numbers is no variation."""
+        floor_D = max(self.count, 1) * (1e-12 * self.mean_D.abs()).square()
+        return self.comoment_DD.diagonal() > floor_D
+
+    @property
     def correlation_DD(self) -> Tensor:
         """Pearson's correlations, float64 [D, D], diagonal 1. A column that never varies correlates 0 with others."""
         variance_D = self.comoment_DD.diagonal()
-        # The rounding of a mean of equal numbers is no variation.
-        floor_D = max(self.count, 1) * (1e-12 * self.mean_D.abs()).square()
-        scale_D = torch.where(variance_D > floor_D, variance_D.clamp(min=1e-300).rsqrt(), 0.0)
+        scale_D = torch.where(self.varies_D, variance_D.clamp(min=1e-300).rsqrt(), 0.0)
         found_DD = (self.comoment_DD * scale_D[:, None] * scale_D).clamp(-1.0, 1.0)
         found_DD.fill_diagonal_(1.0)
         return found_DD

@@ -128,10 +128,16 @@ class BlockSample:
         that are left, which is what a softmax over fewer rows gives.
 
         Raises:
-            PlanError: a router that gives no scores, or whose choices were renamed.
+            PlanError: a router that gives no scores, that closes groups of choices to a token, or whose choices were
+                renamed.
         """
         if self.scores is None or isinstance(self.router, RemapRouter):
             raise PlanError(f"a {type(self.router).__name__} cannot be asked to choose again among fewer experts")
+        if bool(torch.isneginf(self.scores.select_TC).any()):
+            raise PlanError(
+                f"a {type(self.router).__name__} that closes groups of choices cannot be asked to choose again among "
+                "fewer experts: which groups it would keep is not in its scores"
+            )
         closed_C = torch.zeros(self.router.num_choices, dtype=torch.bool)
         closed_C[: len(kept_E)] = ~kept_E
         gate_TC = self.scores.gate_TC

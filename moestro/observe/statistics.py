@@ -22,7 +22,7 @@ from moestro.core.bank import Bank, StackedFFN
 from moestro.core.context import RoutingContext, current_context
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import MoELayer, mixture_layers
-from moestro.core.routing import Routing
+from moestro.core.routing import Routing, Scores
 from moestro.core.session import session
 from moestro.observe.moments import GroupMoments, JointMoments, RankRatios, SecondMoments
 from moestro.observe.policy import Policy, check_policy, counted
@@ -38,7 +38,7 @@ class LayerStats:
         natural_E: int64, rows that reached each expert. top_E: int64, tokens whose largest weight is the expert's.
         ratios: w_r / w_0 of the weights of a token by rank. logits: joint moments of the C raw router logits of all
             tokens; None for a router without scores. These five are the router's own, whatever the policy.
-        weight: routing weights of what is counted, by expert. gate: gates before renormalisation.
+        weight: routing weights of what is counted, by expert. gate: gates before renormalisation, see ``gates_TC``.
         input_norm: lengths of the rows that reach each expert.
         output_norm, gated_norm: lengths of expert outputs f_e(x), and of weight times f_e(x); None unless asked.
         input_mean: moments of the rows themselves, [E, D]; None unless asked.
@@ -261,7 +261,7 @@ class _Watcher:
         stats = self.stats
         stats.weight.add(live.expert_N, live.weight_N)
         if routing.scores is not None:
-            stats.gate.add(live.expert_N, routing.scores.gate_TC[live.token_N, live.expert_N])
+            stats.gate.add(live.expert_N, gates_TC(routing.scores)[live.token_N, live.expert_N])
         stats.input_norm.add(live.expert_N, x_TD.float().norm(dim=-1)[live.token_N])
         if stats.output_norm is not None and stats.gated_norm is not None:
             for part, y_NO in one_by_one(bank, x_TD, live):
@@ -295,6 +295,14 @@ class _Watcher:
             if stats.hidden_gram is not None:
                 assert isinstance(bank, StackedFFN)
                 stats.hidden_gram.add(expert, hidden_rows(bank, expert, rows_ND))
+
+
+def gates_TC(scores: Scores) -> Tensor:
+    """Gates before renormalisation, [T, C], none negative.
+
+    A router whose softmax runs over the choice alone hands over logits; its gates are the softmax over all choices.
+    """
+    return scores.probabilities() if torch.equal(scores.gate_TC, scores.logits_TC) else scores.gate_TC
 
 
 def ranked(routing: Routing) -> tuple[Tensor, Tensor]:

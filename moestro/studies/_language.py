@@ -67,9 +67,14 @@ def text(vocabulary: int, length: int, rows: int, limit: int | None = None) -> T
 
     tokenizer = load_tokenizer(part("train"))
     train, heldout = (build_dataset(part(split), tokenizer, "packed") for split in ("train", "heldout"))
-    (every,) = heldout.sources.values()
+    return Text(train, spread(heldout, rows))
+
+
+def spread(data: Dataset, rows: int) -> Dataset:
+    """So many rows (all, if there are fewer) at even distances, the first and the last among them."""
+    (every,) = data.sources.values()
     places = np.linspace(0, len(every) - 1, min(rows, len(every))).astype(int)
-    return Text(train, Dataset({"data": [every[int(place)] for place in places]}))
+    return Dataset({"data": [every[int(place)] for place in places]})
 
 
 def llama(scale: Scale, seed: int, *, watch: bool = True) -> Any:

@@ -15,7 +15,7 @@ from moestro.core.layer import mixture_layers
 from moestro.data.dataset import DataConfig, Dataset, build_dataset, load_tokenizer
 from moestro.models.swap import swap
 from moestro.studies._framework import Budget
-from moestro.studies._language import Scale, Text, batches, heldout, text, train
+from moestro.studies._language import Scale, Text, batches, heldout, spread, text, train
 from moestro.training.build import make_model
 
 
@@ -76,9 +76,7 @@ def task_of(size: Mixture) -> Text:
 
     tokenizer = load_tokenizer(part("stdlib-code", "train"))
     made, held = (build_dataset(part(size.task, split), tokenizer, "packed") for split in ("train", "heldout"))
-    (every,) = held.sources.values()
-    step = max(1, len(every) // size.heldout)
-    return Text(made, Dataset({"data": [every[place] for place in range(0, len(every), step)][: size.heldout]}))
+    return Text(made, spread(held, size.heldout))
 
 
 def fresh(size: Mixture, seed: int) -> nn.Module:

@@ -80,6 +80,7 @@ CUTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "random": ("compress.merge_experts", {"grouping": "random"}),
     "dominant": ("compress.merge_experts", {"grouping": "dominant"}),
     "frequency": ("compress.prune_experts", {"criterion": "frequency"}),
+    "dropped": ("compress.prune_experts", {"criterion": "random"}),
     "reap": ("compress.prune_experts", {"criterion": "reap"}),
 }
 
@@ -128,10 +129,12 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     task, other = task_of(size), corpus_of(size)
     found: dict[str, float] = {}
     name, _, kept = arm.rpartition("_")
+    found["task_tokens"] = float(tuning(budget) * size.batch * size.length)
     if name in CUTS:
         method, settings = CUTS[name]
         rows = rows_of(task.train, size, seed, limit=size.heldout)
         measured = calibrate(model, rows, outputs=True, output_gram=name == "uncurl", allow_starved=True)
+        found["task_tokens"] += measured.stats.num_tokens
         if name == "uncurl":
             found["output_cosine"] = similarity(measured)
         config = {"keep": int(kept), **settings}
@@ -146,10 +149,11 @@ TELLS = (
     "({uncurl_8.task_loss_before}), by frequency {frequency_8} ({frequency_8.task_loss_before}); 4 by UNCURL "
     "{uncurl_4} ({uncurl_4.task_loss_before}), from scratch {scratch_4} ({scratch_4.task_loss_before}), by frequency "
     "{frequency_4} ({frequency_4.task_loss_before}), random clusters {random_4}, not aligned {unaligned_4}, dominant "
-    "experts {dominant_4}, pruned by REAP {reap_4}. Outputs of two experts have a mean cosine of "
-    "{uncurl_4.output_cosine}. Off the task: {whole.off_task_loss} whole, {uncurl_8.off_task_loss} and "
+    "experts {dominant_4}, pruned by REAP {reap_4}, pruned at random {dropped_4}. Outputs of two experts have a "
+    "mean cosine of {uncurl_4.output_cosine}. Off the task: {whole.off_task_loss} whole, {uncurl_8.off_task_loss} and "
     "{uncurl_4.off_task_loss} by UNCURL. Experts that one held-out row uses in a layer: {whole.experts_used}, "
-    "{uncurl_8.experts_used}, {uncurl_4.experts_used}."
+    "{uncurl_8.experts_used}, {uncurl_4.experts_used}. Tokens of the task, its statistics included: "
+    "{uncurl_8.task_tokens}, without a cut {whole.task_tokens}."
 )
 
 STUDY = Study(
@@ -227,6 +231,7 @@ STUDY = Study(
         Arm(name="unaligned_4", text="16 merged to 4 by UNCURL without alignment", role="control"),
         Arm(name="dominant_4", text="16 merged to 4 around the most used experts (MC-SMoE)", role="reference"),
         Arm(name="reap_4", text="the 4 of 16 with the largest mean weighted output", role="reference"),
+        Arm(name="dropped_4", text="4 of 16 at random, the others left out", role="reference"),
         Arm(name="scratch_4", text="4 experts trained from scratch on the same tokens", role="control"),
     ),
     run=run,
@@ -236,6 +241,7 @@ STUDY = Study(
         "task_loss_before": "nats a token",
         "off_task_loss": "nats a token",
         "expert_bytes": "bytes",
+        "task_tokens": "tokens",
         "experts_used": "experts a layer",
         "output_cosine": "cosine",
     },

@@ -91,7 +91,8 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
 TELLS_HALF = (
     "half left out, loss before and after the recovery: utilisation {utilisation_half.loss_before} and "
     "{utilisation_half.loss_after}, random {random_half.loss_before} and {random_half.loss_after}, router weight "
-    "{router_weight_half.loss_before} and {router_weight_half.loss_after}, reconstruction "
+    "{router_weight_half.loss_before} and {router_weight_half.loss_after}, router norm "
+    "{router_norm_half.loss_before} and {router_norm_half.loss_after}, reconstruction "
     "{reconstruction_half.loss_before} and {reconstruction_half.loss_after}; the whole mixture {whole.loss_after}, one "
     "of half as many experts trained from scratch {small.loss_after}. Use of an expert over its layer's mean spreads "
     "by {utilisation_half.uneven_use}."
@@ -167,6 +168,7 @@ STUDY = Study(
         Arm(name="utilisation_half", text="the half that fewest tokens choose left out"),
         Arm(name="random_half", text="a random half left out, mean over draws", role="control"),
         Arm(name="router_weight_half", text="the half with the least sum of gates left out", role="reference"),
+        Arm(name="router_norm_half", text="the half with the shortest router rows left out", role="reference"),
         Arm(name="reap_half", text="the half with the least mean weighted output left out", role="reference"),
         Arm(name="reconstruction_half", text="the half that the block misses least left out", role="reference"),
         Arm(name="small", text="half as many experts, trained from scratch on as many tokens", role="control"),

@@ -93,9 +93,19 @@ class Place:
         return bank_slot(bank, expert, name)
 
     def router_slot(self, expert: int, name: str) -> Slot:
-        """Where the row of an expert in a tensor of the router lives."""
-        tensor = self.mixture.router.tensor(name)
-        assert tensor is not None
+        """Where the row of an expert in a tensor of the router lives.
+
+        Raises:
+            PlanError: the router has no such tensor with a row for each choice.
+        """
+        router = self.mixture.router
+        tensor = router.tensor(name) if name in router.choice_rows else None
+        if tensor is None:
+            has = ", ".join(router.choice_rows) or "none"
+            raise PlanError(
+                f"layer {self.shape.layer}: a {type(router).__name__} has no row for each expert in {name!r} "
+                f"(rows: {has})"
+            )
         return tensor, (expert,)
 
 

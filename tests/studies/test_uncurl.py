@@ -4,7 +4,9 @@ import numpy as np
 import torch
 
 from moestro.core.layer import mixture_layers
+from moestro.data.dataset import Dataset
 from moestro.studies._framework import BUDGETS, Measured
+from moestro.studies._language import spread
 from moestro.studies._mixture import corpus_of, rows_of, size_of, task_of, trained, trained_mixture, tune
 from moestro.studies.uncurl import CUTS, STUDY, Grows, sizes
 from moestro.studies.zcode_m3_pruning import STUDY as PRUNING
@@ -52,6 +54,16 @@ def test_a_trained_mixture_is_made_once_and_handed_out_as_copies() -> None:
     assert torch.equal(torch.cat([p.flatten() for p in trained(size, 3).parameters()]), first), "the copy moved alone"
     assert sum(len(batch["input_ids"]) for batch in heldout) == size.heldout
     assert sum(len(batch["input_ids"]) for batch in calibration) == size.heldout
+
+
+def test_heldout_rows_come_from_all_over() -> None:
+    every = Dataset({"data": [{"row": place} for place in range(127)]})
+    (taken,) = spread(every, 64).sources.values()
+    places = [taken[index]["row"] for index in range(len(taken))]
+    assert (len(places), places[0], places[-1]) == (64, 0, 126)
+    assert set(np.diff(places)) == {2}
+    (all_of_them,) = spread(every, 500).sources.values()
+    assert len(all_of_them) == 127
 
 
 def test_calibration_rows_are_training_rows_and_follow_the_seed() -> None:

@@ -4,6 +4,7 @@ What is left routes by a softmax (or sigmoid) over the rows that are left. An ex
 tokens t in T_e that are routed to it, with weight w_te, gate g_te before renormalisation, output f_e(x_t):
 
     random           a random number
+    router_norm      |W_g[e]|, the length of its router row
     frequency        |T_e|                                       (utilisation)
     router_weight    sum_t g_te
     output_norm      mean_t |f_e(x_t)|
@@ -13,7 +14,8 @@ tokens t in T_e that are routed to it, with weight w_te, gate g_te before renorm
 
 ``keep`` is a number or share for every layer, or with ``budget="global"`` on average: each layer keeps at least
 ``floor`` experts, the rest of the budget goes to the best scores of all layers. Scores are compared as they are or as
-parts of their layer's sum (``compare``; errors of the reconstruction always as parts of the block's squared output).
+parts of their layer's sum (``compare``; errors of the reconstruction always as parts of the squared output of the
+block's routed experts).
 
 Sources: Z-code M3 (2109.10465: random and by utilisation); REAP (2510.13999, router-weighted activation); NAEE
 (2402.14800, section 3.1: least reconstruction loss, here greedy instead of over all subsets).
@@ -29,7 +31,15 @@ from moestro.core.card import MethodCard
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan
-from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, groups_of, least_of, refuse_remapped
+from moestro.methods.compress._parts.calibration import (
+    Calibrated,
+    Keep,
+    check_groups,
+    count_of,
+    groups_of,
+    least_of,
+    refuse_remapped,
+)
 from moestro.observe.sample import BlockSample
 from moestro.observe.statistics import LayerStats
 from moestro.surgery.choice import choose
@@ -37,7 +47,7 @@ from moestro.surgery.experts import generator
 from moestro.surgery.plans import prune
 
 
-Criterion = Literal["random", "frequency", "router_weight", "output_norm", "reap", "reconstruction"]
+Criterion = Literal["random", "router_norm", "frequency", "router_weight", "output_norm", "reap", "reconstruction"]
 
 
 class Config(Calibrated):
@@ -72,8 +82,8 @@ class Config(Calibrated):
 
 
 def statistics(config: Config) -> dict[str, dict[str, object]]:
-    """What is measured on data; nothing for a random choice."""
-    if config.criterion == "random":
+    """What is measured on data; nothing for a random choice and for the lengths of router rows."""
+    if config.criterion in ("random", "router_norm"):
         return {}
     sample = config.sample if config.criterion == "reconstruction" else 0
     return config.measured(outputs=config.criterion in ("output_norm", "reap"), sample=sample)
@@ -85,6 +95,8 @@ def scores(stats: LayerStats, criterion: Criterion) -> Tensor:
     Raises:
         PlanError: the statistics were collected without what the criterion needs.
     """
+    if criterion == "router_weight" and stats.logits is None:
+        raise PlanError("router_weight needs gates, which this router does not give; use criterion=frequency")
     part = {
         "frequency": stats.count_E.double(),
         "router_weight": stats.gate.total,
@@ -97,7 +109,8 @@ def scores(stats: LayerStats, criterion: Criterion) -> Tensor:
 
 
 def reconstruction(sample: BlockSample | None, least: int) -> Tensor:
-    """Score of each expert, float64 [E]: the error when it goes, as a part of the block's squared output.
+    """Score of each expert, float64 [E]: the error when it goes, as a part of the squared output
+    of the routed experts.
 
     Errors of later steps count at least as much as those of earlier ones, so that the lowest scores are always a set
     that the greedy choice went through. The last ``least`` experts score infinity.
@@ -181,12 +194,7 @@ def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config
                 f"layer {there.layer}: keep={config.keep} leaves {count} of {there.num_experts} experts, but each "
                 f"token chooses {there.top_k}; keep at least {least_of(there)}"
             )
-        if count % groups:
-            fit = [near for near in (count - count % groups, count - count % groups + groups) if near]
-            raise PlanError(
-                f"layer {there.layer}: {count} experts cannot be {groups} groups of equal size; keep "
-                f"{' or '.join(map(str, fit))}"
-            )
+        check_groups(there, count)
     if config.budget == "layer":
         return counts
     have = {there.layer: there.num_experts or 0 for there in layers}
@@ -196,6 +204,37 @@ def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config
     )
 
 
+def scores_of(inputs: PlanInputs, there: LayerShape, criterion: Criterion) -> Tensor:
+    """Score of each expert of a layer, float64 [E], higher is better.
+
+    Raises:
+        PlanError: a router that the criterion cannot ask, statistics that were not measured, or scores that are NaN.
+    """
+    refuse_remapped(there)
+    experts = range(there.num_experts or 0)
+    if criterion == "random":
+        return torch.rand(len(experts), generator=generator(inputs.seed, there.layer, "prune"), dtype=torch.float64)
+    if criterion == "router_norm":
+        rows = [inputs.subject.router_row(there.layer, expert, "weight") for expert in experts]
+        found_E = torch.stack([row.double().norm().cpu() for row in rows])
+    elif criterion == "reconstruction":
+        if groups_of(there) > 1:
+            raise PlanError(
+                f"layer {there.layer}: its router first chooses among {groups_of(there)} groups, and reconstruction "
+                "cannot tell which it would choose with fewer experts; use criterion=reap"
+            )
+        found_E = reconstruction(inputs.statistic("experts", there.layer).sample, least_of(there))
+    else:
+        found_E = scores(inputs.statistic("experts", there.layer), criterion)
+    wrong = found_E.isnan().nonzero().squeeze(1).tolist()
+    if wrong:
+        raise PlanError(
+            f"layer {there.layer}: the {criterion} of {len(wrong)} of {len(experts)} experts is NaN (first expert "
+            f"{wrong[0]}); look at its weights and at the calibration data"
+        )
+    return found_E
+
+
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
     """Which experts of each chosen layer stay.
 
@@ -203,18 +242,7 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
         PlanError: no mixtures, fewer experts than a token chooses, statistics that were not measured.
     """
     layers = choose(inputs.shape, config.layers, dense=False)
-    found: dict[int, Tensor] = {}
-    for there in layers:
-        refuse_remapped(there)
-        if config.criterion == "random":
-            draw = generator(inputs.seed, there.layer, "prune")
-            found[there.layer] = torch.rand(there.num_experts or 0, generator=draw, dtype=torch.float64)
-            continue
-        stats: LayerStats = inputs.statistic("experts", there.layer)
-        if config.criterion == "reconstruction":
-            found[there.layer] = reconstruction(stats.sample, least_of(there))
-        else:
-            found[there.layer] = scores(stats, config.criterion)
+    found = {there.layer: scores_of(inputs, there, config.criterion) for there in layers}
     counts = counts_of(layers, found, config)
     kept = {there.layer: best(found[there.layer], counts[there.layer], groups_of(there)) for there in layers}
     gone = sum((there.num_experts or 0) - counts[there.layer] for there in layers)

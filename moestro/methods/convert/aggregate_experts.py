@@ -5,7 +5,8 @@ Models A, B, ... of equal shapes with E_A, E_B, ... experts a layer give layers 
     experts = [experts of A; experts of B; ...],   W_g = [W_g of A; W_g of B; ...]   [sum of E, D]
 
 A token is then routed over all of them with the same number of choices as before, and training goes on. With the
-logits of all rows but A's at -inf the model is A, as long as everything outside the experts is A's.
+logits of all rows but A's at -inf the model is A, as long as everything outside the experts is A's. A router that first
+chooses among G groups of experts has the groups of all models afterwards, G of each, and keeps as many as before.
 
 What stands outside the experts is A's (``shared = "first"``) or the mean over the models (``"mean"``). The mean makes
 sense only for models that grew out of one initialisation: independent ones have no units in common. ``"auto"`` looks:
@@ -16,6 +17,7 @@ rows are scaled; both rules for the first are here, and rows are taken as they a
 """
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import PlanError
 from moestro.core.inputs import LayerShape, PlanInputs, Subject
-from moestro.core.plan import ExpertPlan
+from moestro.core.plan import ExpertPlan, MethodUse
 from moestro.methods.convert._parts.layers import Layers, choose
 from moestro.surgery.plans import aggregate
 
@@ -84,11 +86,29 @@ def _check_router(name: str, mine: LayerShape, theirs: LayerShape) -> None:
         raise PlanError(f"{name} layer {theirs.layer} routes by {routers[1]}, the first model by {routers[0]}")
 
 
+def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodUse | None:
+    """The module of a layer whose router holds the groups of all models; None where it has no groups."""
+    module = models["self"].shape.layer(layer).module
+    router = {} if module is None else module.config.get("router", {})
+    groups = router.get("config", {}).get("num_groups", 1)
+    if module is None or groups == 1:
+        return None
+    counts = [_count(model, layer) for model in models.values()]
+    if len(set(counts)) > 1:
+        raise PlanError(
+            f"layer {layer}: its router chooses among {groups} groups of equal size, and the models have "
+            f"{' and '.join(map(str, counts))} experts; join models of as many"
+        )
+    router = {**router, "config": {**router["config"], "num_groups": groups * len(models)}}
+    return MethodUse(method=module.method, config={**module.config, "num_experts": experts, "router": router})
+
+
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
     """The experts of the model and of its donors side by side, in the order in which the models are given.
 
     Raises:
-        PlanError: no donor, a donor whose layer is dense, or one whose router works in another way.
+        PlanError: no donor, a donor whose layer is dense, one whose router works in another way, or groups of unequal
+            size.
     """
     if not inputs.donors:
         raise PlanError("aggregation joins two or more mixtures and got one; give the others as donors")
@@ -99,7 +119,7 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
             _check_router(name, inputs.shape.layer(layer), donor.shape.layer(layer))
     one_origin = all(of_one_origin(inputs.subject, donor, layers) for donor in inputs.donors.values())
     mean = config.shared == "mean" or (config.shared == "auto" and one_origin)
-    return aggregate(
+    plan = aggregate(
         {name: model.shape for name, model in models.items()},
         layers,
         method="convert.aggregate_experts",
@@ -108,6 +128,10 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
         seed=inputs.seed,
         notes={"keeps": "nothing", "one_origin": one_origin, "models": list(models)},
     )
+    entries = [
+        entry.model_copy(update={"module": _grouped(entry.layer, len(entry.experts), models)}) for entry in plan.layers
+    ]
+    return plan.model_copy(update={"layers": entries})
 
 
 CARD = MethodCard(

@@ -5,19 +5,20 @@ For a target token with the teacher's distribution p and the student's q, both s
     L = CE(q) + beta(step) T^2 KL(p_T || q_T),   p_T = softmax(teacher logits / T),   q_T = softmax(logits / T)
 
 Both terms are means over target tokens; router losses are the model's own. Distillation is *staged*: a student of
-little depth starts to underfit when it has to do justice to two targets, so beta becomes 0 after a share of the run
-(about 0.7 of it in the paper). beta is a value of the phase, named ``distillation``:
+little depth starts to underfit when it has to do justice to two targets, so beta becomes 0 after a part of the run
+(about 0.7 of it in the paper). beta is a value of the phase, named ``distillation``; for a run of 400 steps:
 
     phases:
       - {name: distil, steps: 280, values: {distillation: 1.0}}
       - {name: alone, values: {distillation: 0.0}}
 
-While it is 0 the teacher does not run at all, so the gradient is that of plain training and the step costs as much.
-The student keeps the teacher's widths and expert lists and has fewer blocks (7/8 of them in the paper); it starts from
-scratch.
+A run without such phases distils to its end. While beta is 0 the teacher does not run at all, so the gradient is that
+of plain training and the step costs as much. The student keeps the teacher's widths and expert lists and has fewer
+blocks (7/8 of them in the paper); it starts from scratch.
 
 Source: DeepSpeed-MoE (2201.05596, section 4.2). Its script keeps distilling to the end (no staging), and gives the
-stop as a step (400K) that is 0.7 of one of its runs and beyond the end of another; a share of the run is what counts.
+stop as a step (400K) that is 0.7 of one of its runs and beyond the end of another: set the stage's steps by the length
+of the run.
 """
 
 from collections.abc import Mapping
@@ -113,7 +114,7 @@ CARD = MethodCard(
     year=2022,
     arxiv="2201.05596",
     paper="deepspeed-moe",
-    summary="A shallower mixture distilled from a trained one, until a share of the run is over.",
+    summary="A shallower mixture distilled from a trained one, until a stage of the run is over.",
     taxonomy="inference/model/compression/distillation",
-    deviations=("distillation stops after a share of the run instead of at a fixed step",),
+    deviations=("distillation stops where the recipe's phases say so; without phases it goes on to the end",),
 )

@@ -1,13 +1,18 @@
 """Groups of alike experts on cases small enough to know the answer, and orders of inner units."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from moestro.core.errors import PlanError
+from moestro.core.inputs import PlanInputs
 from moestro.methods.compress._parts import alignment
-from moestro.methods.compress._parts.grouping import cosine, group, k_means
+from moestro.methods.compress._parts.grouping import affinity, cosine, group, k_means
+from moestro.observe import calibrate
 from moestro.surgery.opened import OpenModel
+from tests.methods.compress.helpers import batches
 from tests.surgery.helpers import layers_of, mixture
 
 
@@ -57,10 +62,7 @@ def test_average_linkage_is_the_one_by_hand() -> None:
 def test_dominant_experts_lead() -> None:
     alike = blocks()
     usage = np.array([0.0, 5, 9, 0, 0, 0])
-    assert group(alike, 2, "dominant", usage) == [[0, 2, 3, 5], [1, 4]] or group(alike, 2, "dominant", usage) == [
-        [0, 1, 3, 4, 5],
-        [2],
-    ]
+    assert group(alike, 2, "dominant", usage) == [[0, 2, 3, 5], [1, 4]], "equal likeness goes to the more used"
     usage = np.array([0.0, 5, 0, 0, 0, 9])
     assert group(alike, 2, "dominant", usage)[0][:1] == [0]
     assert [4 in members for members in group(alike, 2, "dominant", usage)] == [False, True]
@@ -81,6 +83,57 @@ def test_what_cannot_be_grouped_is_refused() -> None:
     broken[0, 1] = np.nan
     with pytest.raises(PlanError, match="NaN or infinity"):
         group(broken, 2, "spectral", np.ones(6))
+
+
+@torch.no_grad()
+def test_affinities_are_the_formulas_written_out() -> None:
+    model = mixture("llama", experts=5)
+    layer, rows = layers_of(model)[1], []
+    handle = layer.register_forward_pre_hook(lambda module, args: rows.append(args[0].reshape(-1, args[0].shape[-1])))
+    found = calibrate(model, batches(), output_gram=True, allow_starved=True)
+    handle.remove()
+    inputs = PlanInputs(subject=OpenModel(model), statistics={"experts": found})
+    there = inputs.shape.layer(1)
+    x_TD = torch.cat(rows)
+    weight_ED = layer.router.weight
+    r_EE = np.corrcoef((x_TD @ weight_ED.T).double().numpy(), rowvar=False)
+    np.testing.assert_allclose(affinity(inputs, there, "router_logits"), (1 + r_EE) / 2, atol=1e-5)
+    y_ETD = [
+        torch.nn.functional.silu(x_TD @ layer.bank.weight(e, "gate").T)
+        * (x_TD @ layer.bank.weight(e, "up").T)
+        @ layer.bank.weight(e, "down").T
+        for e in range(5)
+    ]
+    for similarity, vectors in (("router_weight", weight_ED), ("expert_output", torch.stack(y_ETD).flatten(1))):
+        cos_EE = [[torch.cosine_similarity(a, b, dim=0) for b in vectors.double()] for a in vectors.double()]
+        np.testing.assert_allclose(affinity(inputs, there, similarity), (1 + np.array(cos_EE)) / 2, atol=1e-5)
+
+
+def test_logits_that_never_vary_are_told_apart_by_router_rows() -> None:
+    """Of one token only, no two logits correlate."""
+    model = mixture("llama", experts=6)
+    with torch.no_grad():
+        layers_of(model)[0].router.weight[4] = 2.0 * layers_of(model)[0].router.weight[1]
+    found = calibrate(model, [torch.tensor([[5]])], allow_starved=True)
+    inputs = PlanInputs(subject=OpenModel(model), statistics={"experts": found})
+    there = inputs.shape.layer(0)
+    alike = affinity(inputs, there, "router_logits")
+    np.testing.assert_allclose(alike, affinity(inputs, there, "router_weight"))
+    for method in ("spectral", "agglomerative"):
+        assert [1, 4] in group(alike, 5, method, np.ones(6))
+
+
+def test_routers_without_rows_and_broken_weights_are_refused() -> None:
+    model = mixture("llama", experts=3)
+    subject = OpenModel(model)
+    with pytest.raises(PlanError, match=r"layer 0: a SoftmaxTopK has no row for each expert in 'table'"):
+        subject.router_row(0, 1, "table")
+    with torch.no_grad():
+        layers_of(model)[1].bank.down_proj[2, 0, :3] = torch.nan
+    there = subject.shape.layer(1)
+    message = rf"layer 1 expert 2: its weights hold NaN or infinity in 3 of {there.inner} inner units"
+    with pytest.raises(PlanError, match=message):
+        alignment.permutations(subject, there, [[0, 2], [1]], "weights", None)
 
 
 def test_a_zero_vector_is_like_nobody() -> None:
@@ -110,6 +163,39 @@ def test_a_permuted_copy_is_put_in_order(by, exact, monkeypatch) -> None:
         best = (one * other[torch.tensor(both[0])]).sum()
         assert best >= (one * other).sum(), "no order fits better; experts grown from one parent may be in order"
         assert best > (one * other[pi]).sum()
+
+
+def test_the_fit_of_two_units_is_that_of_all_their_weights() -> None:
+    model = mixture("llama", experts=2)
+    bank, subject = layers_of(model)[0].bank, OpenModel(model)
+    one, two = (alignment.units(subject, subject.shape.layer(0), expert) for expert in (0, 1))
+    want = bank.weight(0, "down").T @ bank.weight(1, "down")
+    for name in ("gate", "up"):
+        want = want + bank.weight(0, name) @ bank.weight(1, name).T
+    torch.testing.assert_close(one @ two.T, want.detach())
+    draw = torch.Generator().manual_seed(0)
+    few, many = torch.randn(5, 3, generator=draw), torch.randn(5, 3, generator=draw)
+    found = alignment.order(few, many)
+    fit = few @ many.T
+    best = max(itertools.permutations(range(5)), key=lambda pi: sum(float(fit[i, j]) for i, j in enumerate(pi)))
+    assert tuple(found) == best
+
+
+def test_activations_are_correlated_and_constants_are_not() -> None:
+    model = mixture("llama", experts=2)
+    bank, subject = layers_of(model)[0].bank, OpenModel(model)
+    there = subject.shape.layer(0)
+    draw = torch.Generator().manual_seed(5)
+    x_TD = torch.randn(300, there.dim, generator=draw)
+    x_TD[:, 0] = 0.3
+    with torch.no_grad():
+        for name in ("gate", "up"):  # units 0 and 1 see nothing but the constant
+            bank.weight(0, name)[:2] = 0.0
+            bank.weight(0, name)[:2, 0] = torch.tensor([1.7, 0.9])
+    rows = alignment.activations(subject, there, 0, x_TD)
+    assert torch.count_nonzero(rows[:2]) == 0
+    inner = torch.nn.functional.silu(x_TD @ bank.weight(0, "gate").T) * (x_TD @ bank.weight(0, "up").T)
+    torch.testing.assert_close(rows[2:] @ rows[2:].T, torch.corrcoef(inner.T.detach()[2:]), rtol=0, atol=1e-4)
 
 
 def test_an_expert_is_in_order_with_itself_whatever_ties() -> None:

@@ -97,6 +97,35 @@ def test_one_router_row_a_group(rule: str) -> None:
         planned(MERGE, mixture("llama", experts=6, top_k=2), keep=1, router=rule)
 
 
+def test_a_bias_is_averaged_with_its_row_and_groups_are_counted(tmp_path: Path) -> None:
+    model = opened("gpt_oss", tmp_path)
+    old = layers_of(model)[0].router.bias.detach().clone().normal_(generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layers_of(model)[0].router.bias.copy_(old)
+    plan = planned(MERGE, model, keep=3, router="mean", allow_starved=True)
+    surgery.apply(model, plan)
+    for index, sources in enumerate(plan.layers[0].experts):
+        mean = sum(float(s.weight * old[s.expert]) for s in sources if s.expert is not None)
+        assert float(layers_of(model)[0].router.bias.detach()[index]) == pytest.approx(mean, rel=1e-5, abs=1e-6)
+    grouped = opened("deepseek_v3", tmp_path, n_routed_experts=16)
+    with pytest.raises(PlanError, match=r"9 experts cannot be 4 groups of equal size; keep 8 or 12"):
+        planned(MERGE, grouped, keep=9, router="mean", allow_starved=True)
+    applied(MERGE, grouped, keep=9, allow_starved=True)
+    assert torch.isfinite(logits(grouped)).all()
+
+
+def test_bfloat16_experts_are_merged_in_float32() -> None:
+    model = mixture("llama", experts=4).bfloat16()
+    old = [layers_of(model)[0].bank.weight(e, "up").clone() for e in range(4)]
+    plan = planned(MERGE, model, keep=2, align="none", allow_starved=True)
+    surgery.apply(model, plan)
+    for index, sources in enumerate(plan.layers[0].experts):
+        mean = sum((s.weight * old[s.expert].float() for s in sources if s.expert is not None), torch.zeros(()))
+        found = layers_of(model)[0].bank.weight(index, "up")
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, mean.bfloat16())
+
+
 def test_random_groups_and_activations() -> None:
     model = mixture("llama", experts=6)
     one, two = (planned(MERGE, model, seed=s, keep=3, grouping="random", align="none") for s in (0, 1))

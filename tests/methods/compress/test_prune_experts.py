@@ -66,6 +66,53 @@ def test_scores_are_the_sums_written_out(criterion: str) -> None:
         assert kept == sorted(want.argsort(descending=True)[:4].tolist())
 
 
+def test_gates_of_a_softmax_over_the_choice_are_those_of_one_over_all(tmp_path: Path) -> None:
+    """Its raw logits are no gates: with low ones the experts used most would go first."""
+    model = opened("gpt_oss", tmp_path)
+    for layer in layers_of(model):
+        with torch.no_grad():
+            layer.router.bias -= 3.0
+    plan = planned(PRUNE, model, criterion="router_weight", keep=4, allow_starved=True)
+    want_E, experts = torch.zeros(5, dtype=torch.float64), layers_of(model)[0].router.num_experts
+    for batch in batches():
+        routing = routings(model, batch)[0]
+        gate_TE = routing.scores.logits_TC.double().softmax(-1)
+        want_E += torch.zeros(experts, dtype=torch.float64).index_add(
+            0, routing.expert_N, gate_TE[routing.token_N, routing.expert_N]
+        )
+    torch.testing.assert_close(torch.tensor(plan.notes["scores"]["0"], dtype=torch.float64), want_E)
+    assert kept_of(plan)[0] == sorted(want_E.topk(4).indices.tolist())
+
+
+def test_router_norm_needs_no_data_and_is_the_length_of_a_row() -> None:
+    model = mixture("llama", experts=6)
+    plan = make_plan(PRUNE, model, {"criterion": "router_norm", "keep": 3})
+    for layer, mixed in enumerate(layers_of(model)):
+        length_E = mixed.router.weight.detach().square().sum(1).sqrt()
+        assert plan.notes["scores"][str(layer)] == pytest.approx(length_E.tolist())
+        assert kept_of(plan)[layer] == sorted(length_E.topk(3).indices.tolist())
+
+
+def test_a_broken_expert_is_named_and_not_kept_as_the_best() -> None:
+    model = mixture("llama", experts=5, top_k=2)
+    with torch.no_grad():
+        layers_of(model)[-1].bank.down_proj[3] = torch.nan
+    for criterion in ("output_norm", "reap", "reconstruction"):
+        with pytest.raises(PlanError, match=rf"layer 1: the {criterion} of \d of 5 experts is NaN"):
+            planned(PRUNE, model, criterion=criterion, keep=4, allow_starved=True)
+    assert planned(PRUNE, model, criterion="frequency", keep=4, allow_starved=True).notes["removed"] == 2
+
+
+def test_reconstruction_refuses_a_router_that_chooses_groups_first(tmp_path: Path) -> None:
+    """Which groups it would keep with fewer experts is not in its scores."""
+    model = opened("deepseek_v3", tmp_path, n_routed_experts=16)
+    with pytest.raises(PlanError, match=r"layer 1: its router first chooses among 4 groups, .* use criterion=reap"):
+        planned(PRUNE, model, criterion="reconstruction", keep=8, allow_starved=True)
+    sample = calibrate(model, batches(), sample=20, allow_starved=True)[1].sample
+    with pytest.raises(PlanError, match="a SigmoidBias that closes groups of choices"):
+        sample.error_of(torch.ones(16, dtype=torch.bool))
+
+
 def test_reconstruction_removes_whom_the_block_misses_least() -> None:
     model = mixture("llama", experts=5, top_k=2)
     sample = calibrate(model, batches(), sample=500)[0].sample

@@ -88,6 +88,28 @@ def test_the_donor_is_there_too_when_all_else_is_equal() -> None:
         torch.testing.assert_close(logits(first), wanted, atol=1e-6, rtol=0)
 
 
+def test_groups_of_a_router_stay_the_groups_of_each_model(tmp_path: Path) -> None:
+    """A bias that keeps one model's experts from being chosen leaves the other model, group by group."""
+    models = []
+    for seed, name in enumerate("ab"):
+        tiny_folder("deepseek_v3", tmp_path / name, n_routed_experts=16, n_group=4, topk_group=2, seed=seed)
+        models.append(load(tmp_path / name))
+    first, second = models
+    wanted = logits(first)
+    joined(first, {"b": second}, shared="first")
+    for layer in layers_of(first):
+        assert (layer.router.num_experts, layer.router.config.num_groups, layer.router.config.groups_kept) == (32, 8, 2)
+    assert not torch.allclose(logits(first), wanted, atol=1e-3)
+    for layer in layers_of(first):
+        layer.router.selection_bias[16:] -= 100.0
+    torch.testing.assert_close(logits(first), wanted, atol=1e-6, rtol=0)
+    save(first, tmp_path / "joined")
+    assert torch.equal(logits(load(tmp_path / "joined")), logits(first))
+    tiny_folder("deepseek_v3", tmp_path / "few", n_routed_experts=8, n_group=4, topk_group=2)
+    with pytest.raises(PlanError, match=r"among 4 groups of equal size, and the models have 16 and 8 experts"):
+        joined(second, {"b": load(tmp_path / "few")}, shared="first")
+
+
 def test_experts_and_rows_stand_in_the_order_of_the_models() -> None:
     models = {"self": mixture(experts=2, seed=0), "b": mixture(experts=3, seed=1), "c": mixture(experts=2, seed=2)}
     rows = torch.cat([layers_of(m)[1].router.weight.detach().clone() for m in models.values()])

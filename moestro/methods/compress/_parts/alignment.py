@@ -40,7 +40,10 @@ def units(subject: Subject, there: LayerShape, expert: int) -> Tensor:
 
 
 def activations(subject: Subject, there: LayerShape, expert: int, input_TD: Tensor) -> Tensor:
-    """Inner activations of an expert on some tokens, centred and of length 1, float32 [I, T]; constants become 0."""
+    """Inner activations of an expert on some tokens, centred and of length 1, float32 [I, T]; constants become 0.
+
+    What rounding makes of the mean of equal numbers is no variation.
+    """
     names = ("gate", "up") if there.gated else ("up",)
     weight = torch.cat([subject.tensor(there.layer, expert, name).float() for name in names])
     bias = None
@@ -48,9 +51,10 @@ def activations(subject: Subject, there: LayerShape, expert: int, input_TD: Tens
         bias = torch.cat([subject.tensor(there.layer, expert, f"{name}_bias").float() for name in names])
     pre_TJ = torch.nn.functional.linear(input_TD, weight.cpu(), None if bias is None else bias.cpu())
     inner_IT = ops.apply_activation(pre_TJ, there.activation, there.gated).T  # type: ignore[arg-type]
+    size_I1 = inner_IT.norm(dim=1, keepdim=True)
     inner_IT = inner_IT - inner_IT.mean(1, keepdim=True)
     length_I1 = inner_IT.norm(dim=1, keepdim=True)
-    return torch.where(length_I1 > 0, inner_IT / length_I1.clamp(min=1e-30), 0.0)
+    return torch.where(length_I1 > 1e-6 * size_I1, inner_IT / length_I1.clamp(min=1e-30), 0.0)
 
 
 def order(reference: Tensor, member: Tensor, runs: tuple[Tensor, Tensor] | None = None) -> list[int]:
@@ -86,7 +90,7 @@ def permutations(
     """Expert -> order of its inner units, for all but the first of each group, which is the reference.
 
     Raises:
-        PlanError: activations without sampled tokens.
+        PlanError: activations without sampled tokens, or weights that are not finite.
     """
     found: dict[int, list[int]] = {}
     if by == "none":
@@ -96,9 +100,16 @@ def permutations(
 
     def features(expert: int) -> Tensor:
         if by == "weights":
-            return units(subject, there, expert)
-        assert input_TD is not None
-        return activations(subject, there, expert, input_TD)
+            rows = units(subject, there, expert)
+        else:
+            assert input_TD is not None
+            rows = activations(subject, there, expert, input_TD)
+        if not bool(torch.isfinite(rows).all()):
+            raise PlanError(
+                f"layer {there.layer} expert {expert}: its {by} hold NaN or infinity in "
+                f"{int((~torch.isfinite(rows)).any(1).sum())} of {there.inner} inner units; mend or prune it first"
+            )
+        return rows
 
     def by_length(expert: int) -> Tensor:
         return torch.argsort(units(subject, there, expert).norm(dim=1), stable=True)

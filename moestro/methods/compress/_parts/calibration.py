@@ -49,7 +49,7 @@ class Calibrated(Config):
 
 
 def count_of(there: LayerShape, keep: int | float) -> int:
-    """Experts of a layer afterwards; a share is rounded to the nearest whole number, at least 1.
+    """Experts of a layer afterwards: at least 1, a share rounded to the nearest whole number, a half to the even one.
 
     Raises:
         PlanError: more than there are.
@@ -74,6 +74,17 @@ def groups_of(there: LayerShape) -> int:
     """Groups of equal size that a layer's router chooses among first; 1 where it has none."""
     found: int = _router(there).get("num_groups", 1)
     return found
+
+
+def check_groups(there: LayerShape, count: int) -> None:
+    """Raise PlanError unless so many experts can be the groups that a layer's router chooses among."""
+    groups = groups_of(there)
+    if count % groups:
+        fit = [near for near in (count - count % groups, count - count % groups + groups) if near]
+        raise PlanError(
+            f"layer {there.layer}: {count} experts cannot be {groups} groups of equal size; keep "
+            f"{' or '.join(map(str, fit))}"
+        )
 
 
 def least_of(there: LayerShape) -> int:

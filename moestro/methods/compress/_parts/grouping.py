@@ -8,7 +8,8 @@ Affinities lie in [0, 1], 1 for experts that cannot be told apart:
                     sums of squares
 
 Raw logits, since a softmax makes all experts compete and hence look unlike; centred over tokens, since a row's mean
-says how often an expert is liked and not by whom.
+says how often an expert is liked and not by whom. An expert whose logits never vary on the data has no correlation; its
+affinities are those of its router row.
 """
 
 from typing import Literal
@@ -35,8 +36,7 @@ def affinity(inputs: PlanInputs, there: LayerShape, similarity: Similarity) -> A
         PlanError: the statistics were collected without what the similarity needs.
     """
     if similarity == "router_weight":
-        rows = [inputs.subject.router_row(there.layer, e, "weight") for e in range(there.num_experts or 0)]
-        return (1.0 + cosine(torch.stack(rows).double() @ torch.stack(rows).double().T)) / 2.0
+        return by_rows(inputs, there)
     stats: LayerStats = inputs.statistic("experts", there.layer)
     if similarity == "expert_output":
         if stats.output_gram_EE is None:
@@ -47,7 +47,25 @@ def affinity(inputs: PlanInputs, there: LayerShape, similarity: Similarity) -> A
     own = there.num_experts or 0
     correlation: Array = stats.logits.correlation_DD[:own, :own].numpy()  # without nulls
     found: Array = (1.0 + correlation) / 2.0
-    return found
+    flat = ~stats.logits.varies_D[:own].numpy() & np.isfinite(found).all(1)
+    if not flat.any():
+        return found
+    try:
+        beside = by_rows(inputs, there)
+    except PlanError:  # no row for each expert: half way between alike and opposite
+        return found
+    return np.where(flat[:, None] | flat, beside, found)
+
+
+def by_rows(inputs: PlanInputs, there: LayerShape) -> Array:
+    """(1 + cos) / 2 of router rows, float64 [E, E].
+
+    Raises:
+        PlanError: a router without a row for each expert.
+    """
+    rows = [inputs.subject.router_row(there.layer, expert, "weight") for expert in range(there.num_experts or 0)]
+    weight_ED = torch.stack(rows).double()
+    return (1.0 + cosine(weight_ED @ weight_ED.T)) / 2.0
 
 
 def cosine(gram_EE: Tensor) -> Array:

@@ -10,7 +10,14 @@ from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan
 from moestro.methods.compress._parts.alignment import EXACT, Align, permutations
-from moestro.methods.compress._parts.calibration import Calibrated, Keep, count_of, least_of, refuse_remapped
+from moestro.methods.compress._parts.calibration import (
+    Calibrated,
+    Keep,
+    check_groups,
+    count_of,
+    least_of,
+    refuse_remapped,
+)
 from moestro.methods.compress._parts.grouping import Array, Grouping, Similarity, affinity, group
 from moestro.surgery.choice import choose
 from moestro.surgery.experts import generator
@@ -63,6 +70,8 @@ def merged(inputs: PlanInputs, config: Merging, method: str) -> ExpertPlan:
                 f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
                 f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
             )
+        if config.router != "remap":
+            check_groups(there, count)
         usage = usage_of(inputs, there)
         alike = np.eye(len(usage)) if config.grouping == "random" else affinity(inputs, there, config.similarity)
         seed = int(torch.randint(2**31, (1,), generator=generator(inputs.seed, there.layer, "merge")))
