@@ -184,6 +184,27 @@ def _router(site: Site, old: Router, shared: Shared, top_k: int) -> Router:
     return _inherit(made, old)
 
 
+def _entry(there: LayerShape, config: Config) -> tuple[LayerExperts, dict[str, int]]:
+    """What becomes of a layer, and its operations a token by part, empty where it is stripped."""
+    settings: dict[str, Any] = {"strip": True}
+    parts: dict[str, int] = {}
+    if not config.strip:
+        if there.top_k is None:
+            raise PlanError(
+                f"layer {there.layer}: its router does not rank a fixed number of experts, or its experts are "
+                "compressed already; a router with top_k can be compressed, and compressed experts stripped first"
+            )
+        settings = config.model_dump(mode="json", include={"inject", "renormalise_main"})
+        try:
+            settings["n_main"] = main_count(there.top_k, config.n_main)
+        except ConfigError as error:
+            raise PlanError(f"layer {there.layer}: {error}") from None
+        form = {"gated": there.gated, "top_k": there.top_k, "n_main": settings["n_main"], "inject": config.inject}
+        parts = operations(there.dim, there.inner, there.out, **form)
+    experts = [[ExpertSource(layer=there.layer, expert=expert)] for expert in range(there.num_experts or 0)]
+    return LayerExperts(layer=there.layer, experts=experts, module=MethodUse(method=ID, config=settings)), parts
+
+
 def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     """The mixture at the site with compressed experts, or with ``strip`` a plain one again. Router, experts and
     vectors are tensors of its own; what surrounds them is taken over.
@@ -221,27 +242,6 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
     )
     layer.losses = there.losses
     return layer
-
-
-def _entry(there: LayerShape, config: Config) -> tuple[LayerExperts, dict[str, int]]:
-    """What becomes of a layer, and its operations a token by part, empty where it is stripped."""
-    settings: dict[str, Any] = {"strip": True}
-    parts: dict[str, int] = {}
-    if not config.strip:
-        if there.top_k is None:
-            raise PlanError(
-                f"layer {there.layer}: its router does not rank a fixed number of experts, or its experts are "
-                "compressed already; a router with top_k can be compressed, and compressed experts stripped first"
-            )
-        settings = config.model_dump(mode="json", include={"inject", "renormalise_main"})
-        try:
-            settings["n_main"] = main_count(there.top_k, config.n_main)
-        except ConfigError as error:
-            raise PlanError(f"layer {there.layer}: {error}") from None
-        form = {"gated": there.gated, "top_k": there.top_k, "n_main": settings["n_main"], "inject": config.inject}
-        parts = operations(there.dim, there.inner, there.out, **form)
-    experts = [[ExpertSource(layer=there.layer, expert=expert)] for expert in range(there.num_experts or 0)]
-    return LayerExperts(layer=there.layer, experts=experts, module=MethodUse(method=ID, config=settings)), parts
 
 
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:

@@ -388,6 +388,14 @@ def test_what_cannot_be_compressed_is_refused_in_one_line() -> None:
         change(unknown)
 
 
+def test_what_was_frozen_stays_frozen_and_vectors_learn() -> None:
+    old = mixture()
+    old.bank.down_proj.requires_grad_(False)
+    old.router.requires_grad_(False)
+    learns = {name for name, parameter in change(old).named_parameters() if parameter.requires_grad}
+    assert learns == {"bank.gate_up_proj", "bank.deltas"}
+
+
 def test_the_old_layer_stays_as_it_was() -> None:
     old, x = mixture(), tokens()
     before = Stack(old)(x)
