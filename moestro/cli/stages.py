@@ -80,7 +80,7 @@ class StageGroup(TyperGroup):
         return {
             info.id.partition(".")[2]: info
             for info in infos().values()
-            if info.stage == self.name and info.entries[0] in ENTRIES
+            if info.stage == self.name and not set(ENTRIES).isdisjoint(info.entries)
         }
 
 

@@ -149,6 +149,12 @@ def _use(entry: LayerExperts, place: Place, inner: int) -> MethodUse:
     if place.shape.num_experts is None:
         raise PlanError(f"layer {entry.layer} is dense; the plan must name the `module` that stands there afterwards")
     if there is None:
+        bank = place.mixture.bank
+        if type(bank) is not StackedFFN:
+            raise PlanError(
+                f"layer {entry.layer}: its {type(bank).__name__} holds more than its experts, which would be lost; "
+                "take that away first, or name the `module` in the plan"
+            )
         raise PlanError(f"layer {entry.layer}: nothing says how its router was made; name the `module` in the plan")
     config = {**there.config, "num_experts": len(entry.experts), "expert_size": inner}
     if entry.router == "remap":

@@ -230,7 +230,11 @@ def _place(model: nn.Module, site: Site, layer: int) -> Place | None:
 
 
 def described(mixture: MoELayer, form: Form) -> MethodUse | None:
-    """A mixture as ``train.moe`` builds it anew in its place; None when nobody knows how its router was made."""
+    """A mixture as ``train.moe`` builds it anew in its place; None when nobody knows how its router was made, or when
+    its bank holds more than the tensors of its experts, which would be lost.
+    """
+    if type(mixture.bank) is not StackedFFN:
+        return None
     router = mixture.router
     inner = router.inner if isinstance(router, RemapRouter) else router
     made_by = getattr(inner, "made_by", None)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from moestro import surgery
 from moestro.core.errors import MoestroError
@@ -214,11 +215,28 @@ def experts_shrink(method: Method) -> None:
             layers = list(mixture_layers(model).values())
             experts = sum(layer.bank.nbytes(i) for layer in layers for i in range(layer.bank.num_experts))
             shared = sum(p.nbytes for layer in layers if layer.shared is not None for p in layer.shared.parameters())
-            sizes.append((experts, shared))
+            sizes.append({"bytes": experts, "shared": shared, "operations": run_operations(model)})
             if len(sizes) == 1:
+<<<<<<< HEAD
                 applied(method, model, plan)
         assert sizes[1][0] < sizes[0][0], f"experts take {sizes[1][0]} bytes, before {sizes[0][0]}"
         assert sizes[1][1] == sizes[0][1], "a shared branch changed its size"
+=======
+                surgery.apply(model, plan)
+        before, after = sizes
+        saved = plan.notes.get("saves", "bytes")
+        assert saved in ("bytes", "operations"), f"the plan's notes say that it saves {saved!r}"
+        assert after[saved] < before[saved], f"experts take {after[saved]} {saved}, before {before[saved]}"
+        assert after["shared"] == before["shared"], "a shared branch changed its size"
+
+
+@torch.no_grad()
+def run_operations(model: Any) -> int:
+    """Operations of a forward of ``batch``, counted while it runs."""
+    with FlopCounterMode(display=False) as run:
+        model(input_ids=batch())
+    return int(run.get_total_flops())
+>>>>>>> compressed-experts
 
 
 def choices_exist(method: Method) -> None:

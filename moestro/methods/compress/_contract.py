@@ -22,6 +22,7 @@ class Planner(Protocol):
     """`plan(inputs, config)`: which experts stay or are merged, or how many bits each gets.
 
     In the plan's notes `keeps` says whether the compressed model answers as its parent did: `as_routed` or `nothing`.
+    `saves` says what gets less where it is not the bytes of the experts: `operations`.
 
     Raises:
         PlanError: settings that cannot work on this model (fewer experts than a token chooses, a budget below the
@@ -56,7 +57,8 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "others_keep_their_bits": "tensors outside the chosen layers keep their bits",
         "saves_and_reopens": "the compressed model saves and reopens with the same tensors and logits",
         "calibration_is_noted": "what was measured on data stands in the plan's notes and in the receipt",
-        "experts_shrink": "the experts take fewer bytes than before, and shared branches as many",
+        "experts_shrink": "the experts take fewer bytes than before, or fewer operations a token where the plan's "
+        "notes say that it saves those; shared branches take as many bytes",
         "choices_exist": "every token runs real experts that are there, none twice, and every answer is finite",
     },
     "build": {
