@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moestro.core.bank import Bank
 from moestro.core.context import RoutingContext
 from moestro.core.layer import mixture_layers
 from moestro.core.routing import Routing
@@ -108,7 +109,7 @@ class Touched:
         """Take one layer's routing of one row."""
         real = routing.real()
         self.tokens.append(len(real.expert_N) / routing.num_tokens)
-        self.rows.append(len(real.expert_N.unique()))
+        self.rows.append(len(torch.unique(real.expert_N)))
 
 
 @torch.no_grad()
@@ -119,9 +120,12 @@ def touched(model: nn.Module, data: Dataset, size: Mixture) -> dict[str, float]:
     with session(recorder=seen):
         for batch in rows_of(data, size.model_copy(update={"batch": 1}), limit=16):
             model(**batch)
-    bank, mean = next(iter(mixture_layers(model).values())).bank, float(np.mean(seen.tokens))
-    vector = bank.deltas[0].nbytes if isinstance(bank, CompressedFFN) else 0
-    used = vector if vector and bool(bank.deltas.any()) else 0
+    bank: Bank = next(iter(mixture_layers(model).values())).bank
+    mean = float(np.mean(seen.tokens))
+    vector = used = 0
+    if isinstance(bank, CompressedFFN):
+        vector = bank.deltas[0].nbytes
+        used = vector if bool(bank.deltas.any()) else 0
     return {
         "experts_a_token": mean,
         "experts_a_row": float(np.mean(seen.rows)),
