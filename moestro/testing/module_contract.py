@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.flop_counter import FlopCounterMode
 
 from moestro.core.bank import StackedFFN
 from moestro.core.context import RoutingContext, checkpoint_contexts, open_stack
@@ -23,6 +22,7 @@ from moestro.core.session import session
 from moestro.core.site import Shared, Site
 from moestro.testing.contracts import example_config
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
+from moestro.testing.operations import operation_counter
 from moestro.training.size import size_of
 
 
@@ -338,7 +338,7 @@ def costs_are_counted(subject: Method) -> None:
     for mode in (False, True):
         stack.train(mode)
         rows = RowCounter()
-        with session(recorder=rows), FlopCounterMode(display=False) as run:
+        with session(recorder=rows), operation_counter() as run:
             seen = look(stack, IDS)
         said, ran = 12 * cost(stack, Work(6, mode, rows.per_token())), run.get_total_flops()
         words = "training" if mode else "evaluation"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from moestro.ops.formats import Packing, format_named, pack_rows, packed_linear, quantise, unpack_rows
 from moestro.ops.formats._codebook import codebook, decode, encode
-from moestro.testing.bench.harness import Row, interleave, ratio_spread
+from moestro.testing.bench.harness import Row, interleave, paired_ratio
 
 
 ZEROS = 0.885
@@ -113,8 +113,7 @@ def codecs(rows: int, width: int, rounds: int) -> list[Row]:
         seconds = interleave(calls, rounds)
         speed = {name: codes_RI.numel() / statistics.median(taken) / 1e6 for name, taken in seconds.items()}
         found += [
-            Row(case, metric, "million weights/s", speed[OURS], name, speed[name], speed[OURS] / speed[name],
-                ratio_spread(taken, seconds[OURS]))
+            Row(case, metric, "million weights/s", speed[OURS], name, speed[name], *paired_ratio(taken, seconds[OURS]))
             for name, taken in seconds.items() if name != OURS
         ]  # fmt: skip
     return found
@@ -140,8 +139,7 @@ def products(out: int, width: int, rounds: int) -> list[Row]:
         mine = statistics.median(seconds["ours"]) * 1e3
         for name in ("dense float32", "two bits"):
             peer = statistics.median(seconds[name]) * 1e3
-            found.append(Row(case, "time", "ms", mine, name, peer, peer / mine,
-                             ratio_spread(seconds[name], seconds["ours"])))  # fmt: skip
+            found.append(Row(case, "time", "ms", mine, name, peer, *paired_ratio(seconds[name], seconds["ours"])))
     memory = Row(f"a matrix of {out} x {width}", "memory", "kB", held / 1e3, "dense float32", weight.nbytes / 1e3,
                  weight.nbytes / held, 0.0)  # fmt: skip
     return [*found, memory]
