@@ -11,7 +11,7 @@ from torch import Tensor
 import moestro
 from moestro import surgery
 from moestro.core.errors import ConfigError, PlanError
-from moestro.core.inputs import MeterInputs, PlanInputs
+from moestro.core.inputs import PlanInputs
 from moestro.core.layer import MoELayer
 from moestro.core.plan import BitPlan
 from moestro.core.registry import method
@@ -25,7 +25,6 @@ from tests.surgery.helpers import assert_untouched, ids, layers_of, mixture, sna
 
 
 USE = method("compress.qmoe")
-METER = method("inspect.packed_codes")
 BATCHES = [{"input_ids": ids(3, 11, seed)} for seed in range(3)]
 LAYERS = {0: "model.layers.0.mlp", 1: "model.layers.1.mlp"}
 
@@ -236,32 +235,6 @@ def test_matrices_may_have_other_formats() -> None:
     assert all(word.startswith("ternary:row:bf16:zeros=700:words=") for word in used["up"])
     assert used["down"] == "uint3:g8:f16"
     assert receipt["bits_per_weight"]["after"] < 32
-
-
-def test_the_report_counts_what_is_there() -> None:
-    model = mixture()
-    surgery.apply(model, plan_of(model, down="int4:g8"), calib=BATCHES)
-    report = METER.module.measure(MeterInputs(name="tiny", model=model), METER.configure({}))
-    table = report.tables["codes"]
-    assert [row[:3] for row in table.rows[:3]] == [
-        ["model.layers.0.mlp", "gate", "ternary"], ["model.layers.0.mlp", "up", "ternary"],
-        ["model.layers.0.mlp", "down", "int4"],
-    ]  # fmt: skip
-    bank = layers_of(model)[0].bank
-    row = dict(zip(table.columns, table.rows[1], strict=True))
-    whole = torch.stack([bank.weight(expert, "up") for expert in range(4)])
-    parts = [bank.parts(expert, "up") for expert in range(4)]
-    assert (row["matrices"], row["weights"]) == (4, whole.numel())
-    assert row["zeros"] == pytest.approx(float((whole == 0).float().mean()))
-    assert row["codes"] == pytest.approx(16 * sum(len(one["codes"]) for one in parts) / whole.numel())
-    assert row["beside"] == pytest.approx(48 * whole.shape[0] * whole.shape[1] / whole.numel())
-    low, high = (float(share.float().mean()) for share in (whole < 0, whole > 0))
-    share = torch.tensor([row["zeros"], low, high]).double()
-    assert row["entropy"] == pytest.approx(float(-(share * share.log2()).sum()), rel=1e-5)
-    assert report.numbers["ternary_matrices"] == 2 * 2 * 4
-    assert report.numbers["packed_matrices"] == 2 * 3 * 4
-    held = sum(layer.bank.nbytes(expert) for layer in layers_of(model) for expert in range(4))
-    assert report.numbers["packed_bits"] * report.numbers["packed_weights"] / 8 == pytest.approx(held)
 
 
 @pytest.mark.parametrize(
