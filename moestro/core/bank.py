@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,15 @@ def unfilled_banks() -> Iterator[None]:
         _UNFILLED.reset(token)
 
 
+class Form(TypedDict):
+    """The form of feed-forward experts, as their banks take it."""
+
+    activation: ops.Activation
+    gated: bool
+    bias: bool
+    out: int
+
+
 class StackedFFN(Bank):
     """Equal feed-forward experts in 3-D tensors, Transformers' layout.
 
@@ -124,6 +133,11 @@ class StackedFFN(Bank):
         if up.device.type != "meta" and not _UNFILLED.get():
             nn.init.normal_(up, std=0.02)
             nn.init.normal_(self.down_proj, std=0.02)
+
+    @property
+    def form(self) -> Form:
+        """What besides its sizes makes another bank of the same kind of experts."""
+        return Form(activation=self.activation, gated=self.gated, bias=self.up_bias is not None, out=self.out)
 
     @property
     def up_weight(self) -> nn.Parameter:

@@ -41,6 +41,10 @@ class LayerShape:
         """Matrices of an expert."""
         return ("gate", "up", "down") if self.gated else ("up", "down")
 
+    def matrix(self, projection: str) -> tuple[int, int]:
+        """(out, in) of a projection's matrix."""
+        return (self.out, self.inner) if projection == "down" else (self.inner, self.dim)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Tensors of an expert: ``gate``, ``up`` [I, D], ``down`` [O, I]; ``gate_bias``, ``up_bias``, ``down_bias``."""

@@ -19,9 +19,6 @@ from moestro.studies._language import Scale, Text, batches, heldout, spread, tex
 from moestro.training.build import make_model
 
 
-LOSS = "balance"
-
-
 class Mixture(Scale):
     """Size of the mixture and of its training.
 

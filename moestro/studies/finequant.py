@@ -84,9 +84,7 @@ def nbytes(plan: BitPlan, model: nn.Module) -> dict[str, int]:
     found = {}
     for key, spelled in plan.formats.items():
         layer, _, name = key.split("/")
-        there = shapes[int(layer)]
-        shape = (there.out, there.inner) if name == "down" else (there.inner, there.dim)
-        found[key] = packed_nbytes(shape, packing(spelled))
+        found[key] = packed_nbytes(shapes[int(layer)].matrix(name), packing(spelled))
     return found
 
 

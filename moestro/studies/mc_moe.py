@@ -63,8 +63,8 @@ def measured(seed: int, budget: Budget) -> dict[int, Importance]:
     """Frequency, weight and sensitivity by layer."""
     size, config = scale(budget), config_of(budget)
     model = trained(size, seed)
-    spelled = [packing_of(bits, config) for bits in config.choices]
-    return importance(model, calibration(size, seed, budget), list(range(size.layers)), spelled)
+    packings = [packing_of(bits, config) for bits in config.choices]
+    return importance(model, calibration(size, seed, budget), list(range(size.layers)), packings)
 
 
 @functools.lru_cache(maxsize=6)

@@ -51,8 +51,7 @@ class BitWork:
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a projection."""
-        there = self.place.shape
-        return (there.out, there.inner) if name == "down" else (there.inner, there.dim)
+        return self.place.shape.matrix(name)
 
     @property
     def nbytes(self) -> int:

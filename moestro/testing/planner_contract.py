@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from moestro import surgery
 from moestro.core.errors import MoestroError
@@ -22,6 +21,7 @@ from moestro.models.save import save
 from moestro.surgery.opened import OpenModel
 from moestro.testing.contracts import example_config, example_values
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
+from moestro.testing.operations import operation_counter
 from moestro.testing.tiny import VOCAB, tiny_model
 
 
@@ -228,7 +228,7 @@ def experts_shrink(method: Method) -> None:
 @torch.no_grad()
 def run_operations(model: Any) -> int:
     """Operations of a forward of ``batch``, counted while it runs."""
-    with FlopCounterMode(display=False) as run:
+    with operation_counter() as run:
         model(input_ids=batch())
     return int(run.get_total_flops())
 

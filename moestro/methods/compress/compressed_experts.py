@@ -218,8 +218,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         state = "no compressed experts to strip" if config.strip else "compressed experts already; strip them first"
         raise ConfigError(f"{site.path} has {state}")
     if isinstance(old, CompressedFFN):
-        form = {"activation": old.activation, "gated": old.gated, "bias": old.up_bias is not None, "out": old.out}
-        bank = StackedFFN(old.num_experts, old.dim, old.inner, **form)  # type: ignore[arg-type]
+        bank = StackedFFN(old.num_experts, old.dim, old.inner, **old.form)
         router = _router(site, there.router, shared, old.n_main)
     else:
         top_k = _ranks(site, there.router)
@@ -229,19 +228,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
             raise ConfigError(f"{site.path}: {error}") from None
         bank = CompressedFFN(old, main, config.inject)
         router = ranked(_router(site, there.router, shared, top_k), main, config.renormalise_main)
-    layer = MoELayer(
-        router,
-        _inherit(bank, old),
-        site=there.site,
-        shared=there.shared,
-        dispatcher=there.dispatcher,
-        combine=there.combine,
-        pre=there.pre,
-        post=there.post,
-        noise=there.noise,
-    )
-    layer.losses = there.losses
-    return layer
+    return there.around(router, _inherit(bank, old))
 
 
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:

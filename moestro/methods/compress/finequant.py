@@ -16,22 +16,23 @@ Source: FineQuant (2308.09723, section 3: adaptive granularity). Its threshold i
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import PlanInputs
 from moestro.core.plan import BitPlan, MethodUse
+from moestro.methods.compress._parts.mixtures import float_mixtures
 from moestro.ops.formats import Packing, Params, nearest, packed_nbytes
 from moestro.ops.formats.integer import RULES, Signed
-from moestro.surgery.rounding import Seen
+from moestro.surgery.rounding import Nearest
 
 
 class Config(BaseConfig):
@@ -133,19 +134,11 @@ def choose_group_size(
     return GroupChoice(None if best[0] == width else best[0], tuple(trace))
 
 
-class Scaled:
+class Scaled(Nearest):
     """A ``Rounding`` to the nearest code with the scales of a rule."""
-
-    calibrates = False
 
     def __init__(self, rule: str) -> None:
         self.rule = rule
-
-    def walk(
-        self, model: nn.Module, batches: Any, layers: Mapping[int, str], enter: Any, leave: Any
-    ) -> Iterator[tuple[int, Seen]]:
-        """See Rounding. Nothing is looked at."""
-        return iter(())
 
     def __call__(self, weight_EOI: Tensor, used: Packing, gram_EII: Tensor | None) -> tuple[Tensor, Params]:
         """See Rounding."""
@@ -200,7 +193,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     """
     found: dict[str, tuple[Packing, tuple[int, int]]] = {}
     traces: dict[str, list[list[float]]] = {}
-    for layer, there in inputs.shape.layers.items():
+    for layer, there in float_mixtures(inputs.shape).items():
         for expert in range(there.num_experts or 0):
             for name in there.projections:
                 weight_OI = inputs.subject.tensor(layer, expert, name)
@@ -208,8 +201,6 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
                 used = Packing(f"int{config.bits}", choice.size, config.scale_type)
                 found[f"{layer}/{expert}/{name}"] = (used, (weight_OI.shape[0], weight_OI.shape[1]))
                 traces[f"{layer}/{expert}/{name}"] = [[size, float(f"{mean:.6g}")] for size, mean in choice.trace]
-    if not found:
-        raise PlanError(f"{inputs.shape.name} has no mixture of equal float experts; packed ones are not packed again")
     return BitPlan(
         method="compress.finequant",
         config=config.model_dump(mode="json"),

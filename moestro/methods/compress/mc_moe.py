@@ -26,9 +26,10 @@ from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import BitPlan, MethodUse
 from moestro.methods.compress._parts.gptq import GPTQ
+from moestro.methods.compress._parts.mixtures import float_mixtures
 from moestro.methods.compress._parts.programme import Array, allocate
-from moestro.methods.compress._parts.sensitivity import Importance, fitting, importance
-from moestro.ops.formats import packed_nbytes
+from moestro.methods.compress._parts.sensitivity import Importance, importance
+from moestro.ops.formats import Packing, packed_nbytes
 from moestro.surgery.rounding import Nearest
 
 
@@ -77,9 +78,9 @@ def rounding(config: Config) -> GPTQ | Nearest:
     return GPTQ(config.percdamp, config.blocksize) if config.rounding == "gptq" else Nearest()
 
 
-def packing_of(bits: int, config: Config) -> str:
-    """The packing of a width as it is spelled: one bit is a sign, more have a zero point."""
-    return f"{'sign' if bits == 1 else 'uint'}{bits}:g{config.group_size}:{config.scale_type}"
+def packing_of(bits: int, config: Config) -> Packing:
+    """The packing of a number of bits: one is a sign, more have a zero point."""
+    return Packing(f"{'sign' if bits == 1 else 'uint'}{bits}", config.group_size, config.scale_type)
 
 
 def costs(seen: Importance, config: Config) -> Array:
@@ -120,12 +121,9 @@ def widths_of(there: LayerShape, seen: Importance, config: Config, seed: int) ->
 
 def matrix_bytes(there: LayerShape, bits: int, config: Config) -> list[int]:
     """Stored bytes of each matrix of one expert."""
-    return [packed_nbytes(shape, fitting(packing_of(bits, config), shape[1])) for shape in shapes(there).values()]
-
-
-def shapes(there: LayerShape) -> Mapping[str, tuple[int, int]]:
-    """(out, in) of each projection."""
-    return {n: (there.out, there.inner) if n == "down" else (there.inner, there.dim) for n in there.projections}
+    used = packing_of(bits, config)
+    shapes = [there.matrix(name) for name in there.projections]
+    return [packed_nbytes(shape, used.fitting(shape[1])) for shape in shapes]
 
 
 def lines(notes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,23 +141,20 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     Raises:
         PlanError: no mixtures, no model or data to measure on, a budget that cannot be kept.
     """
-    mixtures = {layer: there for layer, there in inputs.shape.layers.items() if there.num_experts is not None}
-    if not mixtures:
-        raise PlanError(f"{inputs.shape.name} has no mixture of equal float experts; packed ones are not packed again")
+    mixtures = float_mixtures(inputs.shape)
     if inputs.model is None or inputs.batches is None:
         raise PlanError("compress.mc_moe measures on data; give an open model and calibration data (--data)")
     batches = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in inputs.batches]
-    spelled = [packing_of(bits, config) for bits in config.choices]
-    seen = importance(inputs.model, batches, list(mixtures), spelled)
+    seen = importance(inputs.model, batches, list(mixtures), [packing_of(bits, config) for bits in config.choices])
     bits: dict[str, float] = {}
     formats: dict[str, str] = {}
     notes = []
     for layer, there in mixtures.items():
         widths, budget, taken = widths_of(there, seen[layer], config, inputs.seed)
         for expert, width in enumerate(widths):
-            for name, shape in shapes(there).items():
+            for name in there.projections:
                 bits[f"{layer}/{expert}/{name}"] = width
-                formats[f"{layer}/{expert}/{name}"] = str(fitting(packing_of(width, config), shape[1]))
+                formats[f"{layer}/{expert}/{name}"] = str(packing_of(width, config).fitting(there.matrix(name)[1]))
         share = seen[layer].count_E.double() / max(1, seen[layer].tokens)
         each = [sum(matrix_bytes(there, width, config)) for width in widths]
         notes.append(

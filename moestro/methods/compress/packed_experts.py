@@ -58,16 +58,7 @@ def build(site: Site, config: Config, shared: Shared) -> nn.Module:
         what = type(there.bank if isinstance(there, MoELayer) else there).__name__
         raise ConfigError(f"{site.path}: a {what} stands there, not a mixture of equal experts")
     bank = there.bank
-    packed = PackedFFN(
-        bank.num_experts,
-        bank.dim,
-        bank.inner,
-        config.formats,
-        activation=bank.activation,
-        gated=bank.gated,
-        bias=bank.up_bias is not None,
-        out=bank.out,
-    )
+    packed = PackedFFN(bank.num_experts, bank.dim, bank.inner, config.formats, **bank.form)
     packed.take_biases(bank)
     return there.around(there.router, packed)
 

@@ -21,9 +21,10 @@ from pydantic import Field, field_validator, model_validator
 
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
-from moestro.core.errors import ConfigError, PlanError
+from moestro.core.errors import ConfigError
 from moestro.core.inputs import PlanInputs
 from moestro.core.plan import BitPlan, MethodUse
+from moestro.methods.compress._parts.mixtures import float_mixtures
 from moestro.methods.compress._parts.streaming import Streaming
 from moestro.ops.formats import Packing, format_named, packing
 from moestro.surgery.rounding import Nearest
@@ -101,9 +102,7 @@ def streams(config: Config) -> bool:
 
 def packing_of(projection: str, width: int, config: Config) -> Packing:
     """The packing of a projection whose rows have ``width`` inputs: a group that is wider means the whole row."""
-    used = packing(config.down if projection == "down" else config.up)
-    if used.group is not None and used.group >= width:
-        used = dataclasses.replace(used, group=None)
+    used = packing(config.down if projection == "down" else config.up).fitting(width)
     if format_named(used.format).ragged and "zeros" not in dict(used.sizes):
         zeros = 0 if config.p0 is None else round(1000 * config.p0)
         used = dataclasses.replace(used, sizes=(("zeros", zeros), *used.sizes))
@@ -120,9 +119,9 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     formats: dict[str, str] = {}
     matrices: dict[str, list[int]] = {}
     narrow: set[int] = set()
-    for layer, there in inputs.shape.layers.items():
-        for name in there.projections if there.num_experts is not None else ():
-            width = there.inner if name == "down" else there.dim
+    for layer, there in float_mixtures(inputs.shape).items():
+        for name in there.projections:
+            out, width = there.matrix(name)
             used = packing_of(name, width, config)
             form = format_named(used.format)
             if form.ragged and width < NARROW:
@@ -132,9 +131,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
                 formats[f"{layer}/{expert}/{name}"] = str(used)
                 found = matrices.setdefault(f"{name}: {used}", [0, 0])
                 found[0] += 1
-                found[1] += (there.out if name == "down" else there.inner) * width
-    if not bits:
-        raise PlanError(f"{inputs.shape.name} has no mixture of equal float experts; packed ones are not packed again")
+                found[1] += out * width
     lines = [f"{what}: {count} matrices, {weights:,} weights" for what, (count, weights) in matrices.items()]
     if narrow:
         worst = min(narrow)

@@ -51,6 +51,10 @@ class Packing:
         """Groups of a row of ``width`` inputs."""
         return 1 if self.group is None else -(-width // self.group)
 
+    def fitting(self, width: int) -> "Packing":
+        """The same for rows of ``width`` inputs: a group that is as wide means the whole row."""
+        return self if self.group is None or self.group < width else replace(self, group=None)
+
     @property
     def scale_type(self) -> torch.dtype:
         """Type of the scales."""

@@ -22,13 +22,15 @@ from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.methods.compress._parts.programme import allocate
 from moestro.methods.compress._parts.sensitivity import importance, rounded
+from moestro.observe import calibrate
+from moestro.ops.formats import packing
 from moestro.surgery.opened import OpenModel
 from moestro.testing.tiny import tiny_folder
 from tests.surgery.helpers import assert_untouched, ids, layers_of, snapshot
 
 
 USE = method("compress.mc_moe")
-PACKINGS = ("sign1:g16", "uint2:g16", "uint3:g16")
+PACKINGS = [packing(spelled) for spelled in ("sign1:g16", "uint2:g16", "uint3:g16")]
 BATCHES = [{"input_ids": ids(3, 11, seed)} for seed in range(2)]
 
 
@@ -132,11 +134,11 @@ def test_sensitivity_is_that_of_whole_forwards_of_the_block(family: str, tmp_pat
     layer = OpenModel(model).place(layers[-1]).mixture
     outputs = run(model, layer.site)
     for expert in (0, 2):
-        for place, spelled in enumerate(PACKINGS):
+        for place, used in enumerate(PACKINGS):
             old = {name: layer.bank.weight(expert, name).detach().clone() for name in layer.bank.projections}
             with torch.no_grad():
                 for name, matrix in old.items():
-                    layer.bank.weight(expert, name).copy_(rounded(matrix, spelled))
+                    layer.bank.weight(expert, name).copy_(rounded(matrix, used))
             moved = run(model, layer.site)
             expected = sum(float((a - b).norm()) for a, b in zip(moved, outputs, strict=True))
             assert float(seen[layers[-1]].eps_EJ[expert, place]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
@@ -151,6 +153,20 @@ def run(model: nn.Module, site: str) -> list[torch.Tensor]:
         for batch in BATCHES:
             model(**batch)
     return [ctx.kept[site, "output"] for ctx in opened.take()]
+
+
+def test_a_softmax_over_the_choice_counts_by_probabilities_and_not_by_logits(tmp_path: Path) -> None:
+    """Such a router hands over raw logits, which may be negative; statistics of calibration have the same weights."""
+    tiny_folder("gpt_oss", tmp_path / "in")
+    model = moestro.load(tmp_path / "in")
+    for layer in layers_of(model):
+        with torch.no_grad():
+            layer.router.bias.sub_(50.0)  # the same choices and weights, and every logit far below zero
+    seen = importance(model, BATCHES, [0, 1], PACKINGS)[1]
+    known = calibrate(model, BATCHES, allow_starved=True)[1]
+    assert (seen.weight_E >= 0).all()
+    torch.testing.assert_close(seen.weight_E, known.gate.total)
+    assert torch.equal(seen.count_E, known.count_E)
 
 
 def test_frequency_and_weight_are_counted_by_hand(tmp_path: Path) -> None:

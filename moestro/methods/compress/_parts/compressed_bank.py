@@ -38,8 +38,7 @@ class CompressedFFN(StackedFFN):
     takes = "all"
 
     def __init__(self, like: StackedFFN, n_main: int, inject: Inject) -> None:
-        form = {"activation": like.activation, "gated": like.gated, "bias": like.up_bias is not None, "out": like.out}
-        super().__init__(like.num_experts, like.dim, like.inner, **form)  # type: ignore[arg-type]
+        super().__init__(like.num_experts, like.dim, like.inner, **like.form)
         self.n_main, self.inject = n_main, inject
         numbers = width(like.dim, like.inner, like.gated, inject)
         self.deltas = nn.Parameter(torch.zeros(like.num_experts, numbers))

@@ -23,6 +23,7 @@ from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.routing import Routing
 from moestro.core.session import session
 from moestro.observe import layerwise
+from moestro.observe.statistics import gates_TC
 from moestro.ops.formats import Packing, check_packing, dequantise, quantise
 from moestro.surgery.rounding import Batches
 
@@ -70,13 +71,13 @@ class _Taken:
 
 @torch.no_grad()
 def importance(
-    model: nn.Module, batches: Batches, layers: Sequence[int], packings: Sequence[str]
+    model: nn.Module, batches: Batches, layers: Sequence[int], packings: Sequence[Packing]
 ) -> dict[int, Importance]:
     """Frequency, weight and sensitivity of the experts of some layers, on the float model.
 
     Args:
         batches: arguments of the model's forward. layers: indices of blocks, all of them mixtures of float experts.
-        packings: spelled; a group wider than a row means the whole row.
+        packings: a group wider than a row means the whole row.
 
     Raises:
         PlanError: an output that is not finite.
@@ -97,7 +98,7 @@ def importance(
     return found
 
 
-def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[str]) -> Importance:
+def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[Packing]) -> Importance:
     bank = layer.bank
     assert isinstance(bank, StackedFFN)
     experts = bank.num_experts
@@ -112,7 +113,7 @@ def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[str]) -> Import
         real = routing.real()
         live_N = valid_T[real.token_N]
         token_N, expert_N, weight_N = real.token_N[live_N], real.expert_N[live_N], real.weight_N[live_N]
-        gate_N = weight_N if routing.scores is None else routing.scores.gate_TC[token_N, expert_N]
+        gate_N = weight_N if routing.scores is None else gates_TC(routing.scores)[token_N, expert_N]
         result.tokens += int(valid_T.sum())
         result.count_E += torch.bincount(expert_N, minlength=experts).cpu()
         result.weight_E.index_add_(0, expert_N.cpu(), gate_N.double().cpu())
@@ -126,13 +127,15 @@ def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[str]) -> Import
     return result
 
 
-def _moved(bank: StackedFFN, expert: int, parts: Sequence[tuple[Tensor, Tensor]], packings: Sequence[str]) -> Tensor:
+def _moved(
+    bank: StackedFFN, expert: int, parts: Sequence[tuple[Tensor, Tensor]], packings: Sequence[Packing]
+) -> Tensor:
     """eps of one expert for each packing, [J]; ``parts``: its rows and their weights, batch by batch."""
     whole = {name: bank.weight(expert, name).float() for name in bank.projections}
     before = [expert_rows(bank, expert, whole, rows_ND) for rows_ND, _ in parts]
     eps_J = []
-    for spelled in packings:
-        coarse = {name: rounded(matrix, spelled) for name, matrix in whole.items()}
+    for used in packings:
+        coarse = {name: rounded(matrix, used) for name, matrix in whole.items()}
         total = 0.0
         for (rows_ND, weight_N), y_NO in zip(parts, before, strict=True):
             gap_NO = expert_rows(bank, expert, coarse, rows_ND) - y_NO
@@ -141,20 +144,8 @@ def _moved(bank: StackedFFN, expert: int, parts: Sequence[tuple[Tensor, Tensor]]
     return torch.tensor(eps_J, dtype=torch.float64)
 
 
-def rounded(matrix: Tensor, spelled: str) -> Tensor:
+def rounded(matrix: Tensor, used: Packing) -> Tensor:
     """A matrix [out, in] as its nearest codes stand for."""
-    used = fitting(spelled, matrix.shape[1])
+    used = check_packing(used.fitting(matrix.shape[1]), matrix.shape[1])
     parts, final = quantise(matrix[None], used)
     return dequantise(parts, (matrix.shape[0], matrix.shape[1]), final)[0]
-
-
-def fitting(spelled: str, width: int) -> Packing:
-    """The packing for rows of ``width`` inputs: a group that is wider means the whole row."""
-    from moestro.ops.formats import packing
-
-    used = packing(spelled)
-    return (
-        Packing(used.format, None, used.scale)
-        if used.group is None or used.group >= width
-        else check_packing(used, width)
-    )
