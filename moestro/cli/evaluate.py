@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
     @app.command("eval")
     def evaluate(
         models: list[str] = typer.Argument(..., help="Folders, hub ids, GGUF files or wheel:NAME."),
-        data: list[str] = typer.Option(..., "--data", "-d", help="Texts: a file, a folder or builtin:NAME; may repeat."),
+        data: list[str] = typer.Option(..., "--data", "-d", help="Texts: file, folder or builtin:NAME; may repeat."),
         split: str = typer.Option("", "--split", help="Part of a built-in corpus: heldout (default), train or all."),
         field: str = typer.Option("text", "--field", help="Field of a .jsonl or .parquet file that holds the text."),
         context: int = typer.Option(512, "--context", help="Tokens of a window."),
