@@ -86,8 +86,8 @@ def test_no_end_before_the_least_number_of_tokens() -> None:
 
 
 def test_penalties_count_what_was_written() -> None:
-    logits = np.array([3.0, 2.5, 1.9], dtype=np.float32)
-    sampler = Sampler(Sampling(temperature=0, presence=0.4, frequency=0.2))
+    logits = np.array([3.0, 2.5, 2.1], dtype=np.float32)
+    sampler = Sampler(Sampling(temperature=0, presence=0.4, frequency=0.3))
     assert [sampler.choose(logits).token for _ in range(4)] == [0, 1, 0, 2]
 
 
