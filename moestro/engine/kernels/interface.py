@@ -50,7 +50,9 @@ class Matrix:
         if self.n < 1 or self.k < 1:
             raise ConfigError(f"a matrix [{self.n}, {self.k}] holds nothing")
         if self.data is not None and self.data.size < self.nbytes:
-            raise ConfigError(f"{self.layout} [{self.n}, {self.k}] takes {self.nbytes} bytes, {self.data.size} are there")
+            raise ConfigError(
+                f"{self.layout} [{self.n}, {self.k}] takes {self.nbytes} bytes, {self.data.size} are there"
+            )
 
     @property
     def block_bytes(self) -> int:
