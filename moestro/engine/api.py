@@ -10,7 +10,6 @@ import functools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.engine import protocol
@@ -203,7 +202,13 @@ class Api:
 
         requests: list[Request] = []
         for number, prompt in enumerate(prompts):
-            room = max(1, self.engine.context - len(prompt))
+            room = self.engine.context - len(prompt)
+            if room < (asked.max_tokens or 1):
+                raise BadRequest(
+                    f"{len(prompt)} tokens of prompt and {asked.max_tokens or 1} to write are more than the "
+                    f"{self.engine.context} positions of a request",
+                    code="context_length_exceeded",
+                )
             for choice in range(asked.n):
                 sampling = asked.sampling
                 if sampling.seed is not None and choice:
