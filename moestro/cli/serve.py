@@ -66,10 +66,12 @@ def _listen(engine: "Engine", key: bytes | None, host: str, port: int) -> None:
     from moestro.engine.http import Server
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With the protocol named, asyncio sends small answers at once instead of waiting for a delayed acknowledgement.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host.strip("[]"), port))
+        listening.listen(256)
     except OSError as error:
         listening.close()
         engine.close()

@@ -17,7 +17,18 @@ from moestro.engine.access import check_key, check_origin
 from moestro.engine.answers import Answers, usage
 from moestro.engine.chat import Templates
 from moestro.engine.fields import BadRequest, parse
-from moestro.engine.http import Receive, Scope, Send, answer, as_json, error_body, read_body, start_stream, write
+from moestro.engine.http import (
+    Bodies,
+    Receive,
+    Scope,
+    Send,
+    answer,
+    as_json,
+    error_body,
+    read_body,
+    start_stream,
+    write,
+)
 from moestro.engine.metrics import prometheus
 from moestro.engine.protocol import Asked
 from moestro.engine.requests import BusyError, Piece, Request
@@ -50,6 +61,7 @@ class Api:
         self.key = key
         self.templates = Templates()
         self.threads = ThreadPoolExecutor(2, thread_name_prefix="moestro-text")
+        self.bodies = Bodies()
         self.preparing = 0
         self.paths: dict[str, tuple[str, Callable[[Scope, Receive, Send], Awaitable[None]]]] = {
             "/health": ("GET", self._health),
@@ -147,11 +159,14 @@ class Api:
 
     async def _complete(self, read: Callable[..., Asked], scope: Scope, receive: Receive, send: Send) -> None:
         busy = self.engine.busy()
-        if busy is not None or self.preparing >= _PREPARING:
-            raise _busy(busy or BusyError("too many requests are being read", 1))
+        if busy is not None:
+            raise _busy(busy)
+        raw = await read_body(scope["headers"], receive, self.bodies)
+        if self.preparing >= _PREPARING:
+            raise _busy(BusyError("too many prompts are being read", 1))
         self.preparing += 1
         try:
-            body = parse(await read_body(scope["headers"], receive))
+            body = parse(raw)
             opened = self.engine.opened
             asked = read(body, opened.name, opened.forward.vocab, self.engine.context)
             prompts = await asyncio.get_running_loop().run_in_executor(self.threads, self._tokens, asked)

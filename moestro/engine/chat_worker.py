@@ -87,7 +87,11 @@ def give_up_rights() -> None:
 def main() -> None:
     """Answer until standard input ends."""
     made = environment()
-    render(made, "{% for m in messages %}{{ m | tojson }}{% endfor %}", {"messages": [{"a": 1}]})  # load what is lazy
+    # Load what is lazy (also what an error needs) while files can still be opened.
+    render(made, "{% for m in messages %}{{ m | tojson }}{{ strftime_now('%c') }}{% endfor %}", {"messages": [{}]})
+    for wrong in ("{{ raise_exception('x') }}", "{% for %}", "{{ a.b.c }}"):
+        with contextlib.suppress(Exception):
+            render(made, wrong, {})
     with contextlib.suppress(ImportError, OSError):  # not every system knows these limits; the parent's clock remains
         give_up_rights()
     for line in sys.stdin:

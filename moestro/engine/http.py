@@ -24,6 +24,7 @@ BODY_SECONDS = 30.0
 WRITE_SECONDS = 30.0
 HEADER_BYTES = 16 << 10
 BODY_BYTES = 4 << 20
+ALL_BODIES = 64 << 20
 GRACE_SECONDS = 8
 
 _FULL = (
@@ -143,11 +144,31 @@ class Server(uvicorn.Server):
                     loop.remove_signal_handler(number)
 
 
-async def read_body(headers: Headers, receive: Receive, most: int = BODY_BYTES, seconds: float = BODY_SECONDS) -> bytes:
+class Bodies:
+    """Bytes of all bodies that are being read; one budget for them keeps many slow senders from taking the memory."""
+
+    def __init__(self, most: int = ALL_BODIES) -> None:
+        self.most = most
+        self.held = 0
+
+    def take(self, nbytes: int) -> None:
+        """Count more bytes.
+
+        Raises:
+            BadRequest: status 429.
+        """
+        if self.held + nbytes > self.most:
+            raise BadRequest("too many bodies are being sent", status=429, code="busy", retry_after=1)
+        self.held += nbytes
+
+
+async def read_body(
+    headers: Headers, receive: Receive, bodies: Bodies, most: int = BODY_BYTES, seconds: float = BODY_SECONDS
+) -> bytes:
     """The body of a JSON request.
 
     Raises:
-        BadRequest: another type (415), too large (413), too slow (408), or the client left (499).
+        BadRequest: another type (415), too large (413), too slow (408), too many at once (429), or the client left.
     """
     kinds = values(headers, b"content-type")
     if len(kinds) != 1 or kinds[0].split(b";")[0].strip().lower() != b"application/json":
@@ -165,13 +186,17 @@ async def read_body(headers: Headers, receive: Receive, most: int = BODY_BYTES, 
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise BadRequest("the client left", status=499)
-                body += message.get("body", b"")
-                if len(body) > most:
+                part = message.get("body", b"")
+                if len(body) + len(part) > most:
                     raise too_large
+                bodies.take(len(part))
+                body += part
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
         raise BadRequest(f"the body took more than {seconds:g} s", status=408) from None
+    finally:
+        bodies.held -= len(body)
 
 
 async def answer(

@@ -45,7 +45,7 @@ class Running:
     def __init__(self, opened: Opened, limits: Limits | None = None, key: bytes | None = None) -> None:
         self.engine = Engine(opened, limits)
         self.api = Api(self.engine, key)
-        self.socket = socket.socket()
+        self.socket = socket.socket(proto=socket.IPPROTO_TCP)
         self.socket.bind(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -108,8 +108,9 @@ def main(arguments: list[str]) -> None:
     """``python -m tests.engine.serving DELAY``: serve a stub until a signal, as a process of its own."""
     opened = stub_opened(delay=float(arguments[0]))
     engine = Engine(opened)
-    listening = socket.socket()
+    listening = socket.socket(proto=socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
+    listening.listen()
     print(listening.getsockname()[1], *sorted({"torch", "transformers"} & set(sys.modules)), flush=True)
     Server(Api(engine, None), "127.0.0.1", 0, engine.drain).run([listening])
     print("heavy:", *sorted({"torch", "transformers"} & set(sys.modules)), flush=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -70,10 +71,9 @@ def storm(count: int) -> None:
         async def go() -> list[httpx.Response]:
             draw = random.Random(2)
             async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
-                steady = [
-                    asyncio.ensure_future(client.post("/v1/completions", json={**BODY, "prompt": "steady"}))
-                    for _ in range(4)
-                ]
+                asked = {**BODY, "prompt": "steady"}
+                steady = [asyncio.ensure_future(client.post("/v1/completions", json=asked)) for _ in range(4)]
+                await asyncio.sleep(0.05)  # they are in the queue before the storm fills it
                 waves = range(0, count, 100)
                 for start in waves:
                     await asyncio.gather(*(vanish(running.port, draw, start + n) for n in range(100)))
@@ -168,7 +168,9 @@ def test_nothing_grows_over_many_requests() -> None:
         assert memory() - size < 4 << 20
 
 
-def process(delay: float) -> tuple["subprocess.Popen[str]", int, list[str]]:
+@contextlib.contextmanager
+def process(delay: float) -> Iterator[tuple["subprocess.Popen[str]", int, list[str]]]:
+    """A server in a process of its own; killed at the end whatever happened."""
     started = subprocess.Popen(
         [sys.executable, "-m", "tests.engine.serving", str(delay)],
         cwd=ROOT,
@@ -177,14 +179,18 @@ def process(delay: float) -> tuple["subprocess.Popen[str]", int, list[str]]:
         text=True,
     )
     assert started.stdout is not None
-    port, *heavy = started.stdout.readline().split()
-    return started, int(port), heavy
+    try:
+        port, *heavy = started.stdout.readline().split()
+        yield started, int(port), heavy
+    finally:
+        started.kill()
+        started.wait()
+        started.stdout.close()
 
 
 def test_sigterm_finishes_what_runs_without_torch_ever_loaded() -> None:
-    started, port, heavy = process(0.02)
-    url = f"http://127.0.0.1:{port}"
-    with started:
+    with process(0.02) as (started, port, heavy):
+        url = f"http://127.0.0.1:{port}"
         assert heavy == []
         until = time.monotonic() + 20
         while time.monotonic() < until:
@@ -197,9 +203,7 @@ def test_sigterm_finishes_what_runs_without_torch_ever_loaded() -> None:
         assert httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=30).status_code == 200
         got: list[httpx.Response] = []
         asked = threading.Thread(
-            target=lambda: got.append(
-                httpx.post(f"{url}/v1/completions", json={**BODY, "prompt": "x"}, timeout=30)
-            )
+            target=lambda: got.append(httpx.post(f"{url}/v1/completions", json={**BODY, "prompt": "x"}, timeout=30))
         )
         asked.start()
         time.sleep(0.4)
@@ -215,8 +219,7 @@ def test_sigterm_finishes_what_runs_without_torch_ever_loaded() -> None:
 
 
 def test_sigterm_ends_a_long_answer_in_time() -> None:
-    started, port, _ = process(0.05)
-    with started:
+    with process(0.05) as (started, port, _):  # noqa: SIM117
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(head({**BODY, "prompt": "x", "max_tokens": 900, "stream": True}))
             assert connection.recv(100)
@@ -251,4 +254,3 @@ def test_first_tokens_stay_quick_while_rubbish_comes_in() -> None:
             stop.set()
             thread.join()
         assert loud < 20 * calm + 0.2
-
