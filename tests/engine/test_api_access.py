@@ -1,6 +1,7 @@
 """Who gets in: keys, names, origins, addresses, odd paths, rubbish."""
 
 import base64
+import contextlib
 import itertools
 import json
 import random
@@ -8,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from moestro.core.errors import ConfigError
@@ -114,7 +115,7 @@ def test_a_browser_is_asked_at_the_page(locked: Running) -> None:
 def test_pages_of_others_are_kept_out(opened: Running, locked: Running) -> None:
     assert ask(opened.port, "GET", "/v1/models", b"host: evil.example") == 403
     assert ask(opened.port, "GET", "/v1/models", b"host: localhost.evil.example:80") == 403
-    for good in (b"localhost", b"127.0.0.1:9", b"[::1]:80", b"LOCALHOST"[:0] + b"localhost:1"):
+    for good in (b"localhost", b"127.0.0.1:9", b"[::1]:80", b"localhost:1"):
         assert ask(opened.port, "GET", "/v1/models", b"host: " + good) == 200
     assert ask(opened.port, "POST", "/v1/completions", b"origin: http://evil.example", body=b"{}") == 403
     assert ask(locked.port, "POST", "/v1/completions", BEARER, b"origin: null", body=b"{}") == 403
@@ -144,10 +145,8 @@ def test_bodies_are_limited_before_they_are_read(opened: Running) -> None:
     assert status(raw(opened.port, head + b"content-length: -5\r\n\r\n")) == 400
     assert time.monotonic() - began < 2
     chunked = head + b"transfer-encoding: chunked\r\n\r\n" + (b"100000\r\n" + b"x" * 0x100000 + b"\r\n") * 5
-    try:
+    with contextlib.suppress(ConnectionError):  # closed while we were still sending: as good
         assert status(raw(opened.port, chunked)) in (413, 0)
-    except ConnectionError:
-        pass  # closed while we were still sending: as good
     assert ask(opened.port, "POST", "/v1/completions", kind, b"content-encoding: gzip", body=b"{}") == 415
 
 

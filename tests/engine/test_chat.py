@@ -1,5 +1,6 @@
 """Chat templates: right for real ones, harmless for hostile ones."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,10 +162,8 @@ BOMBS = (
 def test_bombs_go_off_elsewhere_and_soon(templates: Templates, bomb: str) -> None:
     assert render(templates, "ready") == "ready"
     began = time.monotonic()
-    try:
+    with contextlib.suppress(TemplateError):
         assert len(render(templates, bomb)) < 4 << 20
-    except TemplateError:
-        pass
     assert time.monotonic() - began < 1.0 + 0.5  # the limit, and a machine that has other things to do
     assert render(templates, CHATML).endswith("assistant\n")
 
