@@ -1,10 +1,12 @@
 """A decoder's routes as a forward understands them."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from moestro.core.decoding import Route
 from moestro.core.errors import ConfigError
@@ -72,7 +74,7 @@ def chosen(route: Route, router: Router, logits: Floats) -> tuple[Ints, Floats]:
         ids, gates = ids[:, -1:], gates[:, -1:]
     elif route.kind == "random":
         # A number of the row itself: the same row goes to the same expert, whatever runs beside it.
-        at = np.array([[hash_of(row) % experts] for row in logits])
+        at = np.array([[hash_of(row) % experts] for row in ids])
         gates = np.take_along_axis(gates, np.argsort(ids, axis=-1), axis=-1)
         ids, gates = at, np.take_along_axis(gates, at, axis=-1)
     else:
@@ -92,8 +94,7 @@ def _summing(weights: Floats) -> Floats:
     return np.asarray(weights / weights.sum(-1, keepdims=True), dtype=np.float32)
 
 
-def hash_of(row: Floats) -> int:
-    """A number that depends on the bits of a row of scores, well mixed."""
-    import hashlib
-
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).digest(), "little")
+def hash_of(ranking: npt.ArrayLike) -> int:
+    """A well mixed number of a row's experts in order, which last bits of scores do not change."""
+    ids = np.ascontiguousarray(ranking, dtype=np.int32)
+    return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")

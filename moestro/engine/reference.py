@@ -196,22 +196,25 @@ def _followed(route: Route, routing: Any, router: Any) -> Any:
         raise ConfigError(f"the route {route} needs a router that scores its experts")
     experts = routing.num_experts
     select, gate = scores.select_TC[:, :experts], scores.gate_TC[:, :experts]
-    if route.kind == "random":
-        chosen = torch.tensor([[hash_of(row) % experts] for row in scores.logits_TC.float().numpy()])
-    else:
-        chosen = topk_indices(select, experts if route.kind == "threshold" else route.k)
-        if route.kind == "rank":
-            chosen = chosen[:, -1:]
+    chosen = topk_indices(select, route.k if route.kind in ("rank", "topk") else experts)
+    if route.kind == "rank":
+        chosen = chosen[:, -1:]
+    elif route.kind == "random":
+        chosen = torch.tensor([[hash_of(row) % experts] for row in chosen.numpy()])
     gates = gate.gather(1, chosen)
     if route.kind == "threshold":
         share = gates / gates.sum(-1, keepdim=True)
-        open_TE = torch.zeros_like(gate, dtype=torch.bool).scatter(
-            1, chosen, share.cumsum(-1) - share < route.threshold
-        )
-        weights = torch.where(open_TE, gate, torch.zeros_like(gate))
-        summing = route.weight == "one" or bool((router.weigh(gates).sum(-1) - 1).abs().max() < 1e-5)
-        weights = weights / weights.sum(-1, keepdim=True) if summing else weights
-        return type(routing).from_mask(open_TE, weights, num_experts=experts, scores=scores)
+        count_T = (share.cumsum(-1) - share < route.threshold).sum(-1)
+        weights = torch.zeros_like(gates)
+        for count in count_T.unique().tolist():  # the router weighs rows of equal length together
+            rows = count_T == count
+            weights[rows, :count] = router.weigh(gates[rows, :count])
+        if route.weight == "one":
+            weights = weights / weights.sum(-1, keepdim=True)
+        open_TE = torch.zeros_like(gate, dtype=torch.bool)
+        open_TE.scatter_(1, chosen, torch.arange(experts) < count_T[:, None])
+        dense = torch.zeros_like(gate).scatter(1, chosen, weights)
+        return type(routing).from_mask(open_TE, dense, num_experts=experts, scores=scores)
     weights = router.weigh(gates)
     if route.weight == "one":
         weights = weights / weights.sum(-1, keepdim=True)

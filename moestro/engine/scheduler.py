@@ -155,8 +155,7 @@ class Scheduler:
     def _open(self, request: Request) -> bool:
         """Pages for every pass, or for none."""
         lanes: list[Lane] = []
-        for route in request.decoder.routes:
-            index = route_index(self.forward, route)
+        for index in [route_index(self.forward, route) for route in request.decoder.routes]:
             table = self.pages.open(request.tokens, request.positions, b"" if index == 0 else index.to_bytes(4, "big"))
             if table is None:
                 for lane in lanes:
