@@ -53,6 +53,7 @@ def make_plan(
     used = method_id if isinstance(method_id, Method) else method(method_id)
     used.entry("plan")
     settings = used.configure(dict(config or {}))
+    batches = None if batches is None else list(batches)  # looked at more than once
     measured = dict(statistics or {})
     for name, wishes in wanted(used, settings).items():
         if name in measured:

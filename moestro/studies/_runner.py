@@ -1,8 +1,8 @@
 """Run a study seed by seed, keep what is finished, and write the record.
 
 A job is one arm with one seed. A finished job is a small JSON file under `runs/studies/<key>/<budget>/`; running again
-skips it unless the study, a bench it imports or a method it names has changed since. The record `results/<key>.json` is put together from
-the jobs alone, so seeds may run on different days or machines.
+skips it unless the study, a bench it imports or a method it names has changed since. The record `results/<key>.json` is
+put together from the jobs alone, so seeds may run on different days or machines.
 """
 
 import ast

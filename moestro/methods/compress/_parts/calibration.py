@@ -1,7 +1,7 @@
 """What methods of the stage ask of calibration, and how many experts they leave."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,22 +22,21 @@ Keep = Annotated[int | float, AfterValidator(_count_or_share)]
 """How many experts a layer has afterwards: a whole number, or a share of those it has."""
 
 
-class Calibrated(Config):
-    """Settings that methods of the stage share.
+class Counted(Config):
+    """What calibration counts, for methods that take every mixture.
 
     Attributes:
-        layers: which mixtures. policy, raise_to: whom a calibration token counts for. least: tokens below which an
-            expert is starved. allow_starved: go on with half or more of a layer's experts starved.
+        policy, raise_to: whom a calibration token counts for. least: tokens below which an expert is starved.
+            allow_starved: go on with half or more of a layer's experts starved.
     """
 
-    layers: Layers = "all"
     policy: Policy = "natural"
     raise_to: int | None = Field(default=None, ge=1)
     least: int = Field(default=1, ge=1)
     allow_starved: bool = False
 
     @model_validator(mode="after")
-    def _policy_fits(self) -> "Calibrated":
+    def _policy_fits(self) -> Self:
         if (self.policy == "raised") != (self.raise_to is not None):
             raise ConfigError(f"policy={self.policy} with raise_to={self.raise_to}; raise_to goes with policy=raised")
         return self
@@ -46,6 +45,12 @@ class Calibrated(Config):
         """What ``statistics`` returns: the experts' statistics with these settings and further wishes."""
         shared = {name: getattr(self, name) for name in ("policy", "raise_to", "least", "allow_starved")}
         return {"experts": {**shared, **wishes}}
+
+
+class Calibrated(Counted):
+    """The same for methods that take some mixtures. layers: which."""
+
+    layers: Layers = "all"
 
 
 def count_of(there: LayerShape, keep: int | float) -> int:
