@@ -71,11 +71,15 @@ def run_method(request: Request) -> None:
 
 def _change_model(request: Request) -> None:
     from moestro import surgery
+    from moestro.models.atomic import check_room
     from moestro.models.save import save
+    from moestro.surgery.room import nbytes_after, nbytes_of
 
     model, donors = _load_all(request)
+    check_room(request.out, nbytes_of(model, experts=False))  # before anything is measured: whatever the plan will be
     batches = _batches(request)
     plan = _plan(request, model, donors, batches)
+    check_room(request.out, nbytes_after(model, plan, donors))
     calibrates = getattr(plan, "rounding", None) is not None and batches
     receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else [parity_batch(model)])
     if request.plan_file is not None:

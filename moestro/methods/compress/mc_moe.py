@@ -125,19 +125,38 @@ def widths_of(
     if config.allocation == "uniform":
         widths, budget = [int(config.avg_bits)] * experts, int(config.avg_bits) * experts
     else:
-        least = [config.require.get(bits, 0) for bits in config.choices]
-        exact = config.layer_bytes is None
-        budget = math.floor(experts * config.avg_bits + 1e-9) if config.layer_bytes is None else config.layer_bytes
-        try:
-            places = allocate(
-                costs(seen, eps_EJ, config), config.choices if exact else size_J, budget, exact=exact, least_J=least
-            )
-        except PlanError as error:
-            raise PlanError(f"layer {there.layer}: {error}") from None
-        widths = [config.choices[place] for place in places]
+        widths, budget = allocated(there, costs(seen, eps_EJ, config), config)
         if config.allocation == "random":
             widths = [widths[i] for i in np.random.default_rng([seed, there.layer]).permutation(experts)]
     return widths, budget, sum(size_J[config.choices.index(bits)] for bits in widths)
+
+
+def allocated(there: LayerShape, cost_EJ: Array, config: Config) -> tuple[list[int], int]:
+    """The cheapest widths of a layer within the budget, and the budget.
+
+    Raises:
+        PlanError: a budget that cannot be kept; between which it can stands in the message.
+    """
+    least = [config.require.get(bits, 0) for bits in config.choices]
+    exact = config.layer_bytes is None
+    sizes = config.choices if exact else [sum(matrix_bytes(there, bits, config)) for bits in config.choices]
+    budget = math.floor(len(cost_EJ) * config.avg_bits + 1e-9) if config.layer_bytes is None else config.layer_bytes
+    try:
+        places = allocate(cost_EJ, sizes, budget, exact=exact, least_J=least)
+    except PlanError as error:
+        raise PlanError(f"layer {there.layer}: {error}") from None
+    return [config.choices[place] for place in places], budget
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, packed ones, or a budget that cannot be kept.
+    """
+    for there in float_mixtures(inputs).values():
+        if config.allocation != "uniform":
+            allocated(there, np.zeros((there.num_experts or 0, len(config.choices))), config)
 
 
 def matrix_bytes(there: LayerShape, bits: int, config: Config) -> list[int]:
@@ -162,7 +181,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     Raises:
         PlanError: no mixtures, no model or data to measure on, a budget that cannot be kept.
     """
-    mixtures = float_mixtures(inputs.shape)
+    mixtures = float_mixtures(inputs)
     if inputs.model is None or inputs.batches is None:
         raise PlanError("compress.mc_moe measures on data; give an open model and calibration data (--data)")
     batches = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in inputs.batches]
