@@ -88,11 +88,15 @@ def _reads_matrices_only(request: Request) -> bool:
 
 def _change_model(request: Request) -> None:
     from moestro import surgery
+    from moestro.models.atomic import check_room
     from moestro.models.save import save
+    from moestro.surgery.room import nbytes_after, nbytes_of
 
     model, donors = _load_all(request)
+    check_room(request.out, nbytes_of(model, experts=False))  # before anything is measured: whatever the plan will be
     batches = _batches(request)
     plan = _plan(request, model, donors, batches)
+    check_room(request.out, nbytes_after(model, plan, donors))
     calibrates = getattr(plan, "rounding", None) is not None and batches
     parity = None if request.compare is False else [parity_batch(model)]
     receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else parity)

@@ -64,11 +64,14 @@ class ModelShape:
 
     Attributes:
         name: for messages. layers: index of the block -> its site. num_layers: blocks, whether or not they have one.
+        foreign: index of the block -> what stands at its site, where that is neither dense nor a mixture of equal
+            float experts.
     """
 
     name: str
     layers: Mapping[int, LayerShape]
     num_layers: int
+    foreign: Mapping[int, str] = field(default_factory=dict)
 
     def layer(self, index: int) -> LayerShape:
         """The site of block ``index``.
@@ -76,6 +79,10 @@ class ModelShape:
         Raises:
             PlanError: no such block, or one without a feed-forward site.
         """
+        if index in self.foreign:
+            raise PlanError(
+                f"{self.name} layer {index} holds a {self.foreign[index]}, no feed-forward or equal experts"
+            )
         if index not in self.layers:
             raise PlanError(
                 f"{self.name} has no feed-forward site in layer {index}; it has them in layers {spell(self.layers)}"

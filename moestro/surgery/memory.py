@@ -45,7 +45,7 @@ def apply_open(
     Raises:
         PlanError: the plan does not fit; nothing was changed. LedgerError: a row was not written (a fault of ours).
     """
-    opened = _opened(model, donors or {})
+    opened = opened_all(model, donors or {})
     works = check(plan, opened)
     rest = Rest(plan, opened, works)
     before = None if calib is None else answers(model, calib)
@@ -80,7 +80,8 @@ def apply_open(
     return receipt
 
 
-def _opened(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
+def opened_all(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
+    """The model under the name ``self``, and its donors. Raises PlanError for a donor of that name."""
     if "self" in donors:
         raise PlanError("a donor cannot be called 'self': that is the model the plan is applied to")
     opened = {"self": OpenModel(model)}

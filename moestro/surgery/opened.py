@@ -142,11 +142,12 @@ class OpenModel:
         for layer, site in found.items():
             place = _place(model, site, layer)
             if place is None:
-                self.foreign[layer] = type(site.module).__name__
+                there = site.module.bank if isinstance(site.module, MoELayer) else site.module
+                self.foreign[layer] = type(there).__name__
             else:
                 self.places[layer] = place
         shapes = {layer: place.shape for layer, place in self.places.items()}
-        self.shape = ModelShape(name=name, layers=shapes, num_layers=max(found) + 1)
+        self.shape = ModelShape(name=name, layers=shapes, num_layers=max(found) + 1, foreign=self.foreign)
 
     def place(self, layer: int) -> Place:
         """The site of a layer.

@@ -57,7 +57,7 @@ def test_mc_moe_calibrates_on_the_texts(parent: Path, capsys: pytest.CaptureFixt
 def test_wishes_that_cannot_be_met_are_one_line(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = parent.parent / "out"
     assert main(["compress", "mc_moe", str(parent), str(out)]) == 2
-    assert "compress.mc_moe measures on data" in capsys.readouterr().err
+    assert "compress.mc_moe measures experts on data" in capsys.readouterr().err
     assert main(["compress", "finequant", str(parent), str(out), "--group-size", "64"]) == 2
     assert "group_size=64 is wider than rows of 32 inputs" in capsys.readouterr().err
     assert main(["compress", "finequant", str(parent), str(out), "--group-size", "16"]) == 0

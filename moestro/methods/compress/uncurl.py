@@ -20,7 +20,7 @@ from moestro.core.card import MethodCard
 from moestro.core.inputs import PlanInputs
 from moestro.core.plan import ExpertPlan
 from moestro.methods.compress._parts.calibration import Keep
-from moestro.methods.compress._parts.merging import Merging, merged
+from moestro.methods.compress._parts.merging import Merging, check_merging, merged
 
 
 class Config(Merging):
@@ -46,6 +46,15 @@ class Config(Merging):
 def statistics(config: Config) -> dict[str, dict[str, object]]:
     """What is measured on the task's data."""
     return config.wishes()
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, more experts than there are, or fewer than the router chooses and rows to choose them.
+    """
+    check_merging(inputs, config)
 
 
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:

@@ -53,25 +53,39 @@ def usage_of(inputs: PlanInputs, there: LayerShape) -> Array:
     return counts
 
 
+def check_merging(inputs: PlanInputs, config: Merging) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, more experts than there are, or fewer than the router chooses and rows to choose them.
+    """
+    for there in choose(inputs.shape, config.layers, dense=False):
+        count = count_of(there, config.keep)
+        if config.similarity == "router_weight" and config.grouping != "random":
+            refuse_remapped(there, "similarity=router_weight asks for it, use similarity=router_logits")
+        if config.router == "remap":
+            continue
+        refuse_remapped(there, f"router={config.router} has no meaning there, use router=remap")
+        if count < least_of(there):
+            raise PlanError(
+                f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
+                f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
+            )
+        check_groups(there, count)
+
+
 def merged(inputs: PlanInputs, config: Merging, method: str) -> ExpertPlan:
     """The plan of a merger: the most used member of each group is the reference that the others are aligned to.
 
     Raises:
         PlanError: no mixtures, fewer experts than the router chooses, statistics that were not measured.
     """
+    check_merging(inputs, config)
     chosen = choose(inputs.shape, config.layers, dense=False)
     weights: dict[int, list[dict[int, float]]] = {}
     orders: dict[int, dict[int, list[int]]] = {}
     for there in chosen:
-        refuse_remapped(there)
         count = count_of(there, config.keep)
-        if config.router != "remap" and count < least_of(there):
-            raise PlanError(
-                f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
-                f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
-            )
-        if config.router != "remap":
-            check_groups(there, count)
         usage = usage_of(inputs, there)
         alike = np.eye(len(usage)) if config.grouping == "random" else affinity(inputs, there, config.similarity)
         seed = int(torch.randint(2**31, (1,), generator=generator(inputs.seed, there.layer, "merge")))
