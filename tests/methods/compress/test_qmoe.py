@@ -217,7 +217,7 @@ def test_saved_packed_models_are_the_same_model(tmp_path: Path) -> None:
 
 def test_half_precision_and_a_single_token() -> None:
     model = mixture().bfloat16()
-    receipt = surgery.apply(model, plan_of(model), calib=[ids(1, 1)])
+    receipt = surgery.apply(model, plan_of(model, allow_starved=True), calib=[ids(1, 1)])
     assert len(receipt["layers"][0]["starved"]) == 2
     bank = layers_of(model)[0].bank
     assert bank.parts(0, "up")["codes"].dtype == torch.uint16
