@@ -39,6 +39,8 @@ class Config(Merging):
         weighting: of the members of a group: by tokens, or equal.
         router: remap choices of old experts, or one row a group: the members' mean, or the most used member's row.
         sample: tokens that align=activations looks at.
+        sequential: measure each layer behind those that are merged already, on a copy of the model, one run over the
+            data a layer; otherwise all at once on the model as it is.
         policy, raise_to: whom a calibration token counts for: natural, raised (to raise_to experts) or all.
         least: tokens below which an expert is starved. allow_starved: go on with half or more of them starved.
     """
