@@ -52,7 +52,7 @@ def test_the_teacher_is_asked_while_its_stage_lasts(monkeypatch: pytest.MonkeyPa
 
 
 def test_steps_alone_cost_what_the_teacher_and_the_student_cost() -> None:
-    student, teacher = (
+    student, teacher = (study.operations(study.build(SIZE, depth, 0), SIZE) for depth in (7, 8))
         study.operations(study.build(SIZE, study.DEPTH[who], 0), SIZE) for who in ("student", "teacher")
     )
     steps = 1000
