@@ -53,8 +53,6 @@ def test_the_teacher_is_asked_while_its_stage_lasts(monkeypatch: pytest.MonkeyPa
 
 def test_steps_alone_cost_what_the_teacher_and_the_student_cost() -> None:
     student, teacher = (study.operations(study.build(SIZE, depth, 0), SIZE) for depth in (7, 8))
-        study.operations(study.build(SIZE, study.DEPTH[who], 0), SIZE) for who in ("student", "teacher")
-    )
     steps = 1000
     longer = study.steps_alone(SIZE.model_copy(update={"steps": steps}), 0)
     assert longer * 3 * student == pytest.approx(steps * 3 * student + 0.7 * steps * teacher, rel=1e-3)
