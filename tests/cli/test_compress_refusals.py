@@ -19,7 +19,7 @@ from moestro.testing.tiny import tiny_folder
 
 CALIBRATING = ("prune_experts", "merge_experts", "uncurl", "mc_moe")
 PACKING = ("mc_moe", "finequant", "qmoe")
-ALL = ("prune_experts", "merge_experts", "uncurl", *PACKING)
+ALL = ("prune_experts", "merge_experts", "uncurl", "compressed_experts", *PACKING)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -141,6 +141,26 @@ def test_a_checkpoint_that_another_tool_has_quantised(
     (parent / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
     told = refused(compress(method, parent), parent.parent, capsys)
     assert "the weights are packed by gptq; Moestro opens floating-point checkpoints and its own formats" in told
+
+
+def test_float_weights_that_have_been_in_four_bits(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those of a GGUF file: they can be packed again, and the receipt says what that does."""
+    assert main(compress("finequant", parent)) == 0
+    assert "have been in 4 bits" not in capsys.readouterr().out
+    shutil.rmtree(parent.parent / "out")
+
+    def coarsen(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "layers.2.mlp.experts" in name and "down" not in name:
+                scale = tensor.abs().amax(-1, keepdim=True) / 7
+                tensor.copy_((tensor / scale).round() * scale)
+
+    edit(parent, coarsen)
+    assert main(compress("finequant", parent)) == 0
+    told = capsys.readouterr().out
+    assert "warning: the weights of 2/gate, 2/up have been in 4 bits or fewer before" in told
+    (receipt,) = json.loads((parent.parent / "out" / "receipt.json").read_text())["surgery"]
+    assert any("start from the float checkpoint" in text for text in receipt["warnings"])
 
 
 def packed(parent: Path, layers: list[int]) -> None:
