@@ -219,6 +219,24 @@ def test_a_model_larger_than_the_disk(
     assert "1,000 are free; name a place on a larger disk" in told
 
 
+def test_a_conversion_larger_than_the_disk(
+    parent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way a model is written, the room is known before the first tensor is."""
+    dense = parent.parent / "dense"
+    tiny_folder("llama", dense, vocab_size=300)
+    size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, size + 100))
+    monkeypatch.setattr("moestro.models.writer.write_file", lambda *_, **__: pytest.fail("writing began"))
+    arguments = ["convert", "upcycle", str(dense), str(parent.parent / "out"), "--num-experts", "4", "--top-k", "2"]
+    assert f"{size + 100:,} are free" in refused(arguments, parent.parent, capsys)
+    model = moestro.load(dense)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 100))
+    with pytest.raises(moestro.MoestroError, match="100 are free; name a place on a larger disk"):
+        moestro.save(model, parent.parent / "copy")
+    assert not (parent.parent / "copy").exists()
+
+
 def test_donors_of_another_shape(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Joined by the verb for conversions; other tokenizers are refused with the tests of that method."""
     other = parent.parent / "other"
