@@ -15,7 +15,7 @@ from torch import Tensor
 import moestro
 from moestro.core.errors import SaveError
 from moestro.core.layer import mixture_layers
-from moestro.models.atomic import atomic_folder, check_room
+from moestro.models.atomic import atomic_folder
 from moestro.models.auto import MODEL_TYPE, SCHEMA
 from moestro.models.families import family
 from moestro.models.source import MemorySource, TensorSource
@@ -58,10 +58,8 @@ def save(
     Raises:
         SaveError: the folder exists, cannot be written, or the model is not one that Moestro opened.
     """
-    tensors = model.state_dict()
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        check_room(temporary, sum(value.nbytes for name, value in tensors.items() if name not in unsaved(model)))
-        _write(model, temporary, tensors, receipt or {})
+        _write(model, temporary, model.state_dict(), receipt or {})
         write_tokenizer(model, tokenizer, temporary)
     return Path(folder)
 

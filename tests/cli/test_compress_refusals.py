@@ -19,7 +19,7 @@ from moestro.testing.tiny import tiny_folder
 
 CALIBRATING = ("prune_experts", "merge_experts", "uncurl", "mc_moe")
 PACKING = ("mc_moe", "finequant", "qmoe")
-ALL = ("prune_experts", "merge_experts", "uncurl", *PACKING)
+ALL = ("prune_experts", "merge_experts", "uncurl", "compressed_experts", *PACKING)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -143,6 +143,26 @@ def test_a_checkpoint_that_another_tool_has_quantised(
     assert "the weights are packed by gptq; Moestro opens floating-point checkpoints and its own formats" in told
 
 
+def test_float_weights_that_have_been_in_four_bits(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those of a GGUF file: they can be packed again, and the receipt says what that does."""
+    assert main(compress("finequant", parent)) == 0
+    assert "have been in 4 bits" not in capsys.readouterr().out
+    shutil.rmtree(parent.parent / "out")
+
+    def coarsen(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if "layers.2.mlp.experts" in name and "down" not in name:
+                scale = tensor.abs().amax(-1, keepdim=True) / 7
+                tensor.copy_((tensor / scale).round() * scale)
+
+    edit(parent, coarsen)
+    assert main(compress("finequant", parent)) == 0
+    told = capsys.readouterr().out
+    assert "warning: the weights of 2/gate, 2/up have been in 4 bits or fewer before" in told
+    (receipt,) = json.loads((parent.parent / "out" / "receipt.json").read_text())["surgery"]
+    assert any("start from the float checkpoint" in text for text in receipt["warnings"])
+
+
 def packed(parent: Path, layers: list[int]) -> None:
     """Pack some layers of a checkpoint in its place."""
     model = moestro.load(parent)
@@ -197,6 +217,24 @@ def test_a_model_larger_than_the_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 1000))
     told = refused(compress(method, parent), parent.parent, capsys)
     assert "1,000 are free; name a place on a larger disk" in told
+
+
+def test_a_conversion_larger_than_the_disk(
+    parent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever way a model is written, the room is known before the first tensor is."""
+    dense = parent.parent / "dense"
+    tiny_folder("llama", dense, vocab_size=300)
+    size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, size + 100))
+    monkeypatch.setattr("moestro.models.writer.write_file", lambda *_, **__: pytest.fail("writing began"))
+    arguments = ["convert", "upcycle", str(dense), str(parent.parent / "out"), "--num-experts", "4", "--top-k", "2"]
+    assert f"{size + 100:,} are free" in refused(arguments, parent.parent, capsys)
+    model = moestro.load(dense)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 100))
+    with pytest.raises(moestro.MoestroError, match="100 are free; name a place on a larger disk"):
+        moestro.save(model, parent.parent / "copy")
+    assert not (parent.parent / "copy").exists()
 
 
 def test_donors_of_another_shape(parent: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -184,6 +184,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     mixtures = float_mixtures(inputs)
     if inputs.model is None or inputs.batches is None:
         raise PlanError("compress.mc_moe measures on data; give an open model and calibration data (--data)")
+    use = {layer: inputs.statistic("experts", layer) for layer in mixtures}
     batches = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in inputs.batches]
     eps = sensitivity(
         inputs.model,
@@ -197,7 +198,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     formats: dict[str, str] = {}
     notes = []
     for layer, there in mixtures.items():
-        seen = inputs.statistic("experts", layer)
+        seen = use[layer]
         widths, budget, taken = widths_of(there, seen, eps[layer], config, inputs.seed)
         for expert, width in enumerate(widths):
             for name in there.projections:

@@ -145,7 +145,10 @@ class Streaming(GPTQ):
         if self.skip_unlabelled:
             _check_labels(model, batches)
         if enter is None and not self.allow_starved:
-            calibrate(model, batches, least=self.least)
+            found = calibrate(model, batches, least=self.least, allow_starved=True)
+            for row in found.coverage():
+                if row.poor:
+                    raise row.refusal(found.stats.num_tokens, "as routed")
         by_site = {site: layer for layer, site in layers.items()}
         for step in layerwise(model, batches, enter=enter, leave=leave):
             inside = {site: layer for site, layer in mixture_layers(step.block).items() if site in by_site}
@@ -154,9 +157,9 @@ class Streaming(GPTQ):
                 with session(recorder=filler, keeps=["input"]):
                     step.run(keep=False)
                 buffer = filler.buffer()
-                (found,) = coverage({site: buffer.count_E}, self.least)
-                if enter is not None and found.poor and not self.allow_starved:
-                    raise found.refusal(len(buffer.x_TD), "as routed")
+                (row,) = coverage({site: buffer.count_E}, self.least)
+                if enter is not None and row.poor and not self.allow_starved:
+                    raise row.refusal(len(buffer.x_TD), "as routed")
                 yield by_site[site], self.seen(layer, buffer)
 
     def seen(self, layer: MoELayer, buffer: TokenBuffer) -> Seen:
