@@ -16,7 +16,6 @@ from moestro.core.errors import ConfigError, LedgerError, PlanError, SaveError
 from moestro.core.layer import mixture_layers
 from moestro.core.packed import PackedFFN
 from moestro.core.plan import BitPlan
-from moestro.models import atomic
 from moestro.models.source import SafetensorsSource
 from moestro.ops import formats
 from moestro.surgery import bits, bits_disk
@@ -260,11 +259,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_happens(tmp_pat
 def test_a_disk_that_is_too_small_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded("qwen3_moe", tmp_path)
     usage = namedtuple("usage", "total used free")
-<<<<<<< HEAD
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage(10, 5, 1000))
-=======
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 1000))
->>>>>>> compress-finish
     monkeypatch.setattr(bits_disk, "check_finite", lambda *a: pytest.fail("read weights first"))
     with pytest.raises(SaveError, match=r"the model takes \d[\d,]+ bytes, 1,000 are free"):
         surgery.apply(tmp_path / "in", plan_for(model), tmp_path / "out")
