@@ -256,11 +256,7 @@ def test_settings_that_cannot_work(config: dict[str, Any], words: str) -> None:
 def test_rounding_is_as_the_settings_say() -> None:
     settings = {
         "percdamp": 0.3, "blocksize": 7, "expert_group": 3, "max_tokens_mul": 2.5, "gate_weighted": True,
-<<<<<<< HEAD
-        "skip_tokens": (4, 9), "skip": "both", "skip_unlabelled": True, "least": 2, "allow_starved": False,
-=======
         "skip_tokens": (4, 9), "skip": "both", "skip_unlabelled": True, "least": 3, "allow_starved": False,
->>>>>>> compress-finish
     }  # fmt: skip
     made = USE.entry("rounding")(USE.configure(settings))
     expected = {"batch" if name == "expert_group" else name: value for name, value in settings.items()}
