@@ -17,12 +17,8 @@ from moestro.core.layer import mixture_layers
 from moestro.core.registry import method
 from moestro.core.site import Shared, Site
 from moestro.studies._framework import Arm, Beats, Budget, Claim, NotWorse, Study
-from moestro.studies._language import Scale, Text, batches, heldout, llama, text
+from moestro.studies._language import Scale, Text, heldout, llama, text, train
 from moestro.training.objectives import Causal, MethodObjective
-from moestro.training.optimizer import make_optimizer, set_lr
-from moestro.training.recipe import OptimizerConfig
-from moestro.training.schedule import ScheduleConfig
-from moestro.training.step import Stepper
 
 
 EXPERTS, AUX = 8, 0.01
@@ -79,20 +75,18 @@ def fit(
     stop: int,
 ) -> None:
     """Train in place with the objective of the method; the teacher is asked in the first ``stop`` steps."""
-    objective: Any = Causal()
-    weights = {"causal": 1.0, "balance": AUX}
-    if teachers:
-        objective = MethodObjective(Causal(), USE.entry("objective"), USE.configure({}))
-        weights["distillation"] = 1.0
-    optimizer = make_optimizer(model, OptimizerConfig(lr=size.lr, weight_decay=0.1))
-    stepper = Stepper(model, objective, optimizer, dict(teachers))
-    schedule = ScheduleConfig(kind="cosine", warmup=max(1, steps // 10))
-    take = batches(corpus(size, budget).train, size, seed)
-    model.train()
-    for step in range(steps):
-        set_lr(optimizer, schedule.factor(step, steps))
-        values = {USE.module.VALUE: 1.0 if step < stop else 0.0}
-        stepper.run(step, [take(step)], weights=weights, values=values if teachers else {})
+    objective = MethodObjective(Causal(), USE.entry("objective"), USE.configure({})) if teachers else None
+    train(
+        model,
+        corpus(size, budget).train,
+        size,
+        seed,
+        steps=steps,
+        losses={"balance": AUX, "distillation": 1.0} if teachers else {"balance": AUX},
+        objective=objective,
+        teachers=teachers,
+        values=lambda step: {USE.module.VALUE: 1.0 if step < stop else 0.0},
+    )
 
 
 def operations(model: Any, size: Scale) -> float:

@@ -15,7 +15,6 @@ import numpy as np
 from torch import nn
 
 from moestro import surgery
-from moestro.core.layer import mixture_layers
 from moestro.methods.planning import make_plan
 from moestro.studies._framework import (
     Arm,
@@ -29,13 +28,7 @@ from moestro.studies._framework import (
     Verdict,
     interval,
 )
-from moestro.studies._language import batches
-from moestro.studies._mixture import Mixture, corpus_of, fresh, loss_of, size_of
-from moestro.training.objectives import Causal
-from moestro.training.optimizer import make_optimizer, set_lr
-from moestro.training.recipe import OptimizerConfig
-from moestro.training.schedule import ScheduleConfig
-from moestro.training.step import Stepper
+from moestro.studies._mixture import Mixture, corpus_of, fresh, loss_of, size_of, tune
 
 
 FEW, MANY = 4, 8
@@ -56,18 +49,13 @@ def further(budget: Budget) -> int:
 
 def fit(model: nn.Module, size: Mixture, seed: int, steps: int, first: int, points: tuple[int, ...]) -> list[float]:
     """Train in place from the data's step ``first`` on; the held-out losses after these numbers of steps."""
-    (name,) = {name for layer in mixture_layers(model).values() for name in layer.losses}
-    data = corpus_of(size)
-    optimizer = make_optimizer(model, OptimizerConfig(lr=size.lr, weight_decay=0.1))
-    stepper = Stepper(model, Causal(), optimizer)
-    schedule = ScheduleConfig(kind="cosine", warmup=max(1, steps // 10))
-    take, found = batches(data.train, size, seed), []
-    for step in range(steps):
-        model.train()
-        set_lr(optimizer, schedule.factor(step, steps))
-        stepper.run(step, [take(first + step)], weights={"causal": 1.0, name: size.aux})
-        if step + 1 in points:
+    data, found = corpus_of(size), []
+
+    def look(done: int) -> None:
+        if done in points:
             found.append(loss_of(model, data.heldout, size))
+
+    tune(model, data.train, size, seed, steps, first=first, after=look)
     return found
 
 
