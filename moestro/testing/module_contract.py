@@ -188,6 +188,11 @@ def gradients_arrive(subject: Method) -> None:
     built, stack = make(subject)
     with training(stack):
         _total(look(stack, IDS)).backward()  # type: ignore[no-untyped-call]
+    if isinstance(built, Router) and built.hard:
+        assert hasattr(subject.module, "objective"), "a hard router gets no gradient; give it an objective"
+        reached = [name for name, p in built.named_parameters() if p.grad is not None and bool((p.grad != 0).any())]
+        assert not reached, f"the router says hard=True, and {reached} got a gradient"
+        return
     for name, parameter in built.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} got no gradient"
