@@ -103,7 +103,7 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "position_ids")}
 
 
-def middle(model: nn.Module) -> list[int]:
+def middle(model: Any) -> list[int]:
     """The middle third of the layers."""
     count = model.config.num_hidden_layers
     third = max(1, count // 3)
@@ -155,7 +155,7 @@ def cut(seed: int, name: str) -> Cut:
     seconds = time.perf_counter() - started
     scales = {site: fit.scale for site, fit in fits.items()}
     for layer in layers.values():
-        layer.router.scale.fill_(SCALE)
+        layer.router.get_buffer("scale").fill_(SCALE)
     return Cut(model, layers, fits, scales, activity, seconds)
 
 
