@@ -204,15 +204,11 @@ def quantisers(count: int, out: int, width: int, rounds: int) -> list[Row]:
             bits[name] = 8 * sum(size for _, _, size in pairs) / (count * out * width)
         calls = {name: partial(_each, arm, weights) for name, arm in arms.items()}
         seconds = interleave(calls, rounds)
-        for name in arms:
-            if name == "ours":
-                continue
+        for metric, unit, of in (("relative error", "share", error), ("size", "bits a weight", bits)):
             found += [
-                Row(
-                    case, "relative error", "share", error["ours"], name, error[name], error[name] / error["ours"], 0.0
-                ),
-                Row(case, "size", "bits a weight", bits["ours"], name, bits[name], bits[name] / bits["ours"], 0.0),
-            ]
+                Row(case, metric, unit, of["ours"], name, of[name], of[name] / of["ours"], 0.0)
+                for name in arms if name != "ours"
+            ]  # fmt: skip
         found += time_rows(case, "time", seconds)
     return found
 
