@@ -13,6 +13,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertPlan
 from moestro.models.load import adopt
 from moestro.models.swap import SHARED, stand, state_of
+from moestro.surgery.assembled import check_sites
 from moestro.surgery.check import Work, check
 from moestro.surgery.fill import expect, fill
 from moestro.surgery.opened import OpenModel
@@ -47,7 +48,10 @@ def apply_open(
     """
     opened = _opened(model, donors or {})
     works = check(plan, opened)
-    rest = Rest(plan, opened, works)
+    parts = check_sites(plan, opened)
+    if parts and optimizer is not None:
+        raise PlanError(f"{len(parts)} {parts[0].entry.kind} sites are made anew; an optimiser cannot move along yet")
+    rest = Rest(plan, opened, [*works, *parts])
     before = None if calib is None else answers(model, calib)
     count = count_parameters(model)
     ledger = Ledger(f"{plan.method}: surgery.apply")
@@ -56,11 +60,14 @@ def apply_open(
         adopt(model)
     rest.write()
     record(model, works)
+    record(model, parts)
     needed = last_reads(works)
     for number in range(len(works)):
         _change(model, works.pop(0), opened, ledger, optimizer)
         for layer in [layer for layer, last in needed.items() if last == number]:
             del opened["self"].places[layer]  # what stood there is freed now
+    for part in parts:
+        stand(model, part.place.site, part.made(state_of(model).shared, ledger))
     if optimizer is not None:
         forget(optimizer, model)
     receipt: dict[str, Any] = {
@@ -71,6 +78,7 @@ def apply_open(
         "rest": plan.rest,
         "ledger": ledger.close(),
         "layers": account,
+        "sites": [part.describe() for part in parts],
         "parameters": {"before": count, "after": count_parameters(model)},
         "parity": None,
     }
