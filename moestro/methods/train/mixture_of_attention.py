@@ -122,7 +122,8 @@ class MixtureOfAttention(nn.Module):
             self.add_module(f"{name[0]}_norm", norm)
         after: Any = getattr(site.module, "output", None)
         if isinstance(after, nn.Module):  # BERT's block adds and normalises inside its attention
-            self.output = nn.ModuleDict({"LayerNorm": after.LayerNorm, "dropout": after.dropout})
+            kept: dict[str, nn.Module] = {"LayerNorm": after.LayerNorm, "dropout": after.dropout}  # type: ignore[dict-item]
+            self.output = nn.ModuleDict(kept)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None,
