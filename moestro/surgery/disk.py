@@ -249,8 +249,7 @@ def apply_folder(
     account = [describe(work) for work in works]
     with atomic_folder(out, overwrite=overwrite) as temporary:
         ledger = Ledger(f"{plan.method}: surgery.apply")
-        record(folder.model, works)
-        record(folder.model, parts)
+        record(folder.model, [*works, *parts])
         changed = Changed(folder, [*works, *parts], rest, opened, ledger).source()
         write_model(folder.model, changed, temporary)
         receipt: dict[str, Any] = {

@@ -13,7 +13,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertPlan
 from moestro.models.load import adopt
 from moestro.models.swap import SHARED, stand, state_of
-from moestro.surgery.assembled import check_sites
+from moestro.surgery.assembled import SiteWork, check_sites
 from moestro.surgery.check import Work, check
 from moestro.surgery.fill import expect, fill
 from moestro.surgery.opened import OpenModel
@@ -48,9 +48,7 @@ def apply_open(
     """
     opened = _opened(model, donors or {})
     works = check(plan, opened)
-    parts = check_sites(plan, opened)
-    if parts and optimizer is not None:
-        raise PlanError(f"{len(parts)} {parts[0].entry.kind} sites are made anew; an optimiser cannot move along yet")
+    parts = _sites(plan, opened, optimizer)
     rest = Rest(plan, opened, [*works, *parts])
     before = None if calib is None else answers(model, calib)
     count = count_parameters(model)
@@ -59,8 +57,7 @@ def apply_open(
     if not getattr(model, "is_moestro", False):
         adopt(model)
     rest.write()
-    record(model, works)
-    record(model, parts)
+    record(model, [*works, *parts])
     needed = last_reads(works)
     for number in range(len(works)):
         _change(model, works.pop(0), opened, ledger, optimizer)
@@ -86,6 +83,14 @@ def apply_open(
         receipt["parity"] = parity(model, plan, [entry["site"] for entry in account], calib, before)
     state_of(model).facts.setdefault("surgery", []).append(copy.deepcopy(receipt))
     return receipt
+
+
+def _sites(plan: ExpertPlan, opened: Mapping[str, OpenModel], optimizer: Optimizer | None) -> list[SiteWork]:
+    """The work at sites that are no feed-forward. Raises PlanError as ``check_sites`` does, and with an optimiser."""
+    parts = check_sites(plan, opened)
+    if parts and optimizer is not None:
+        raise PlanError(f"{len(parts)} {parts[0].entry.kind} sites are made anew; an optimiser cannot move along yet")
+    return parts
 
 
 def _opened(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
