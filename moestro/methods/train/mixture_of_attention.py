@@ -193,11 +193,14 @@ class MixtureOfAttention(nn.Module):
         return (seen | torch.eye(length, dtype=torch.bool, device=x_BSD.device))[:, None]
 
     def flops_per_token(self, work: Work) -> float:
-        """Every projection and the router, and the pairs of all experts' heads."""
+        """Every projection and the router, and the pairs of all experts' heads: in a causal model those a token may
+        see, where no kernel is chosen all that are computed.
+        """
         weights = sum(p.numel() for name, p in self.named_parameters(recurse=False) if not name.endswith("_bias"))
         bias = 2 * self.output_bias.numel() if isinstance(self.output_bias, Tensor) else 0
         heads = self.config.num_experts * self.heads
-        return 2.0 * weights + bias + 4.0 * heads * self.head_dim * work.length
+        pairs = (work.length + 1) / 2 if self.is_causal and not self.plain else work.length
+        return 2.0 * weights + bias + 4.0 * heads * self.head_dim * pairs
 
     def extra_repr(self) -> str:
         """Sizes."""

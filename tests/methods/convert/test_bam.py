@@ -227,6 +227,6 @@ def test_what_cannot_be_joined_is_refused() -> None:
         planned(mixture(), {"donor1": mixture()})
     with pytest.raises(ConfigError, match="has no attention experts; leave kv and attn_top_k out"):
         BAM.configure({"attention": "mean", "kv": "shared"})
+    plan = planned(model, donors)
     with pytest.raises(PlanError, match="an optimiser cannot move along yet"):
-        plan = planned(model, donors)
         surgery.apply(model, plan, donors=donors, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

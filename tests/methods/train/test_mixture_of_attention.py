@@ -16,6 +16,7 @@ from moestro.models.attention import attention_parts
 from moestro.models.sites import sites
 from moestro.models.swap import swap
 from moestro.testing.tiny import VOCAB, tiny_model
+from moestro.training.size import size_of
 
 
 FAMILIES = ("llama", "cohere", "qwen3", "gemma3_text", "bert")
@@ -165,6 +166,14 @@ def test_checkpointing_gives_the_same_gradients() -> None:
         assert plain is not None
         torch.testing.assert_close(found[1][name], plain, atol=1e-7, rtol=1e-6, msg=name)
         assert ".self_attn." not in name or bool(plain.any()), name
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_every_expert_costs_what_the_attention_costs(kv: str) -> None:
+    """Three experts: three times the projections that each owns, the scores, and the router."""
+    dense, model = size_of(tiny_model("llama"), 8).forward_flops, size_of(mixed("llama", kv=kv), 8).forward_flops
+    matrices, pairs = {"expert": 2 * 32 * (32 + 32 + 16 + 16), "shared": 2 * 32 * (32 + 32)}[kv], 4 * 32 * 4.5
+    assert model - dense == 2 * (2 * (matrices + pairs) + 2 * 3 * 32)
 
 
 def test_narrow_types_and_single_tokens() -> None:
