@@ -11,6 +11,8 @@ from moestro.core.plan import MethodUse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moestro.core.site import Site, SiteKind
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
@@ -103,6 +105,9 @@ class Subject(Protocol):
 
     def router_row(self, layer: int, expert: int, name: str) -> "Tensor":
         """The row of an expert in a tensor of its layer's router, such as ``weight``."""
+
+    def site(self, layer: int, kind: "SiteKind") -> "Site":
+        """What stands at a site of another kind in a block; its tensors may be without storage."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertPlan
 from moestro.models.load import adopt
 from moestro.models.swap import SHARED, stand, state_of
+from moestro.surgery.assembled import SiteWork, check_sites
 from moestro.surgery.check import Work, check
 from moestro.surgery.fill import expect, fill
 from moestro.surgery.opened import OpenModel
@@ -47,7 +48,8 @@ def apply_open(
     """
     opened = opened_all(model, donors or {})
     works = check(plan, opened)
-    rest = Rest(plan, opened, works)
+    parts = _sites(plan, opened, optimizer)
+    rest = Rest(plan, opened, [*works, *parts])
     before = None if calib is None else answers(model, calib)
     count = count_parameters(model)
     ledger = Ledger(f"{plan.method}: surgery.apply")
@@ -55,12 +57,14 @@ def apply_open(
     if not getattr(model, "is_moestro", False):
         adopt(model)
     rest.write()
-    record(model, works)
+    record(model, [*works, *parts])
     needed = last_reads(works)
     for number in range(len(works)):
         _change(model, works.pop(0), opened, ledger, optimizer)
         for layer in [layer for layer, last in needed.items() if last == number]:
             del opened["self"].places[layer]  # what stood there is freed now
+    for part in parts:
+        stand(model, part.place.site, part.made(state_of(model).shared, ledger))
     if optimizer is not None:
         forget(optimizer, model)
     receipt: dict[str, Any] = {
@@ -71,6 +75,7 @@ def apply_open(
         "rest": plan.rest,
         "ledger": ledger.close(),
         "layers": account,
+        "sites": [part.describe() for part in parts],
         "parameters": {"before": count, "after": count_parameters(model)},
         "parity": None,
     }
@@ -78,6 +83,14 @@ def apply_open(
         receipt["parity"] = parity(model, plan, [entry["site"] for entry in account], calib, before)
     state_of(model).facts.setdefault("surgery", []).append(copy.deepcopy(receipt))
     return receipt
+
+
+def _sites(plan: ExpertPlan, opened: Mapping[str, OpenModel], optimizer: Optimizer | None) -> list[SiteWork]:
+    """The work at sites that are no feed-forward. Raises PlanError as ``check_sites`` does, and with an optimiser."""
+    parts = check_sites(plan, opened)
+    if parts and optimizer is not None:
+        raise PlanError(f"{len(parts)} {parts[0].entry.kind} sites are made anew; an optimiser cannot move along yet")
+    return parts
 
 
 def opened_all(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
