@@ -83,15 +83,6 @@ class Config(BaseConfig):
         return self
 
 
-def build(site: Site, config: Config, shared: Shared) -> nn.Module:
-    """The router of a mixture whose input is as wide as the site's."""
-    scale = config.num_experts / config.top_k if config.scale is None else config.scale
-    return HardRouter(site.dim, config.num_experts, config.top_k, scale)
-
-
-# -- the objective --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Inputs:
     """Recorder: what each layer under a hard router was given."""
@@ -101,6 +92,12 @@ class _Inputs:
     def record(self, site: str, routing: Routing, ctx: RoutingContext) -> None:
         """See Recorder."""
         self.seen[site] = ctx.kept[(site, "input")].detach()
+
+
+def build(site: Site, config: Config, shared: Shared) -> nn.Module:
+    """The router of a mixture whose input is as wide as the site's."""
+    scale = config.num_experts / config.top_k if config.scale is None else config.scale
+    return HardRouter(site.dim, config.num_experts, config.top_k, scale)
 
 
 def objective(

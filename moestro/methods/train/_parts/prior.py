@@ -62,11 +62,13 @@ def prior_approximate_loss(
 
 
 def balance(logits_TE: Tensor, top_k: int) -> Tensor:
-    """The balance term as released, summed over tokens: the mean over slices of topK(softmax(p)) p."""
+    """The balance term as released, summed over tokens: what the K likeliest slices get, over E.
+
+    The released code ranks by a second softmax of the probabilities, which ranks alike.
+    """
     p_TE = logits_TE.float().softmax(-1)
-    again_TE = p_TE.softmax(-1)
     mask_TE = torch.zeros_like(p_TE).scatter_(1, topk_indices(p_TE.detach(), top_k), 1.0)
-    return (mask_TE * again_TE * p_TE).mean(-1).sum()
+    return (mask_TE * p_TE).mean(-1).sum()
 
 
 def fit_linear_router(
