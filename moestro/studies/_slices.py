@@ -3,7 +3,6 @@
 import functools
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from moestro.data.dataset import DataConfig, Dataset, build_dataset
 from moestro.data.tokens import open_tokenizer
 from moestro.methods.planning import make_plan
 from moestro.models.refs import resolve
+from moestro.observe.passing import watched
 from moestro.studies._framework import BUDGETS, Budget
 from moestro.studies._language import Scale, llama, spread, text, train
 from moestro.surgery.parity import AllOn
@@ -138,19 +138,14 @@ def cut(seed: int, name: str) -> Cut:
     layers = mixture_layers(model)
     activity: dict[str, Tensor] = {}
 
-    def adder(site: str) -> Callable[..., None]:
-        def add(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            total_I = args[0].detach().abs().flatten(0, -2).sum(0)
-            activity[site] = activity[site] + total_I if site in activity else total_I
-
-        return add
+    def add(site: str, args: tuple[Tensor, ...], output: Tensor) -> None:
+        total_I = args[0].detach().abs().flatten(0, -2).sum(0)
+        activity[site] = activity[site] + total_I if site in activity else total_I
 
     given = [inputs(batch) for batch in collated(data(name)[0], size)]
     started = time.perf_counter()
-    with ExitStack() as hooks:
-        for site in layers:
-            down = teacher.get_submodule(f"{site}.down_proj")
-            hooks.callback(down.register_forward_pre_hook(adder(site)).remove)
+    downs = {site: teacher.get_submodule(f"{site}.down_proj") for site in layers}
+    with watched(downs, add):
         fits = method("train.prior_approximate").module.fit_routers(model, teacher, given, seed=seed, fit_scale=True)
     seconds = time.perf_counter() - started
     scales = {site: fit.scale for site, fit in fits.items()}

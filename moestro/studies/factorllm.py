@@ -10,7 +10,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from moestro.core.forward import logits_of
 from moestro.core.layer import mixture_layers
 from moestro.core.session import Edit, session
 from moestro.data.packing import IGNORE
+from moestro.observe.passing import scaled_inputs
 from moestro.studies._framework import (
     BUDGETS,
     Arm,
@@ -109,13 +109,13 @@ def score(model: nn.Module, name: str, edits: Sequence[Edit] = ()) -> dict[str, 
 
 def pruned(made: Cut, name: str, sites: Sequence[str]) -> dict[str, float]:
     """The dense model with the most active K / E of each layer's units alone."""
-    with ExitStack() as hooks:
-        for site in sites:
-            activity_I = made.activity_I[site]
-            mask_I = torch.zeros_like(activity_I)
-            mask_I[activity_I.topk(len(activity_I) * TOP_K // EXPERTS).indices] = 1.0
-            down = dense(name).get_submodule(f"{site}.down_proj")
-            hooks.callback(down.register_forward_pre_hook(lambda _, args, mask=mask_I: (args[0] * mask,)).remove)
+    factors: dict[nn.Module, Tensor] = {}
+    for site in sites:
+        activity_I = made.activity_I[site]
+        mask_I = torch.zeros_like(activity_I)
+        mask_I[activity_I.topk(len(activity_I) * TOP_K // EXPERTS).indices] = 1.0
+        factors[dense(name).get_submodule(f"{site}.down_proj")] = mask_I
+    with scaled_inputs(factors):
         return score(dense(name), name)
 
 

@@ -23,6 +23,7 @@ from moestro.methods.train._parts.prior import (
     slice_errors,
 )
 from moestro.observe.layerwise import layerwise
+from moestro.observe.passing import watched
 
 
 ONE_SIDED = 0.95  # share of tokens with one slice among their labels above which the fit warns
@@ -157,7 +158,7 @@ def _rows_through(dense: nn.Module, run: Callable[[], None], batches: list[Mappi
     entered: list[Tensor] = []
     left: list[Tensor] = []
 
-    def take(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def take(name: str, args: tuple[Any, ...], output: Tensor) -> None:
         mask = batches[len(entered)].get("attention_mask")
         width = args[0].shape[-1]
         x_TD, t_TO = args[0].reshape(-1, width), output.reshape(-1, output.shape[-1])
@@ -165,11 +166,8 @@ def _rows_through(dense: nn.Module, run: Callable[[], None], batches: list[Mappi
         entered.append(x_TD[live_T])
         left.append(t_TO[live_T])
 
-    hook = dense.register_forward_hook(take)
-    try:
+    with watched({"": dense}, take):
         run()
-    finally:
-        hook.remove()
     return torch.cat(entered), torch.cat(left)
 
 
