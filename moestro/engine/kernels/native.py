@@ -111,7 +111,11 @@ class NativeKernels:
         native.attention_scale, native.attention_softcap = attention.scale, attention.softcap
         if layer.router is not None and layer.expert is not None:
             router = layer.router
-            native.experts, native.expert, native.router = layer.experts, self._ffn(layer.expert), self._matrix(router.weight)
+            native.experts, native.expert, native.router = (
+                layer.experts,
+                self._ffn(layer.expert),
+                self._matrix(router.weight),
+            )
             native.router_bias, native.select_bias = _vector(router.bias, keep), _vector(router.select_bias, keep)
             native.router_kind, native.top_k = ROUTERS.index(router.kind), router.top_k
             native.groups, native.top_groups = router.groups, router.top_groups
@@ -138,6 +142,17 @@ class _Kept:
         self._keep = keep
         self._model = model
         self.page_bytes: int = model.page_bytes
-        for name in ("begin", "attention", "chosen", "scores", "routes", "experts", "finish", "run", "logits", "copy_page"):
+        for name in (
+            "begin",
+            "attention",
+            "chosen",
+            "scores",
+            "routes",
+            "experts",
+            "finish",
+            "run",
+            "logits",
+            "copy_page",
+        ):
             setattr(self, name, getattr(model, name))
         self.hidden = model.hidden
