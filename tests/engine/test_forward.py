@@ -195,7 +195,7 @@ def test_rows_may_ask_for_another_routing(kind: str) -> None:
 
 
 def test_on_route_reports_what_the_router_chose() -> None:
-    packed = build(router={"kind": "topk_softmax"})
+    packed = build(layout="f32", router={"kind": "topk_softmax"})
     seen: dict[str, list[np.ndarray]] = {"native": [], "twin": []}
     for kind, kernels in (("native", every_isa()[0]), ("twin", choose("twin"))):
         one = forward(packed, kernels=kernels)
