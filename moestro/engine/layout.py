@@ -91,17 +91,17 @@ def aligned(nbytes: int, boundary: int = ALIGN) -> Bytes:
     return raw[start : start + nbytes]
 
 
-def pack(weight: npt.ArrayLike, layout: str, out: Bytes | None = None) -> Bytes:
+def pack(weight: Any, layout: str, out: Bytes | None = None) -> Bytes:
     """A matrix [N, K] of floats in a layout, rounded to nearest.
 
     Args:
+        weight: an array, or whatever has a ``shape`` and gives arrays for slices of rows.
         out: uint8 [matrix_bytes], filled and returned; made when None.
 
     Raises:
         ConfigError: not a matrix, no such layout, or weights that are NaN or infinite (float16: too large).
     """
-    weight = np.asarray(weight)
-    if weight.ndim != 2:
+    if len(weight.shape) != 2:
         raise ConfigError(f"a matrix has two axes; got the shape {list(weight.shape)}")
     n, k = weight.shape
     size = matrix_bytes(layout, n, k)
