@@ -145,7 +145,7 @@ class ModelSpec(_Strict):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
-    layers: tuple[LayerSpec, ...] = Field(strict=False, max_length=1 << 16)
+    layers: tuple[LayerSpec, ...] = Field(strict=False, max_length=1 << 12)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -89,9 +89,14 @@ class _File:
             self._hash.update(part)
             self.size += len(part)
 
-    def close(self) -> dict[str, Any]:
-        """What ``pack.json`` says of the file."""
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def facts(self) -> dict[str, Any]:
+        """What ``pack.json`` says of the file."""
         return {"size": self.size, "sha256": self._hash.hexdigest()}
 
 
@@ -104,7 +109,7 @@ class _Work:
         self.tensors: dict[str, Any] = {}
         self.files: dict[str, Any] = {}
         self.experts: dict[str, Any] = {}
-        self.errors: dict[str, float] = {}
+        self.errors = {"resident": 0.0, "experts": 0.0}
         self._lay_out()
 
     def _lay_out(self) -> None:
@@ -140,27 +145,29 @@ class _Work:
 
     def write_resident(self, folder: Path) -> None:
         """Every tensor that all tokens need."""
+        with _File(folder / RESIDENT) as file:
+            for name, entry in self.found.tensors.items():
+                file.write(self._resident(name, entry))
+        self.files[RESIDENT] = file.facts()
+        self.folder.release()
+
+    def _resident(self, name: str, entry: "Entry") -> Bytes:
+        """Bytes of one tensor; how far it was rounded goes into the receipt."""
         from moestro.engine.pack_bank import Rows
 
-        file = _File(folder / RESIDENT)
-        worst = 0.0
-        for name, entry in self.found.tensors.items():
-            tensor = entry.fetch().detach()
-            if entry.layout == VECTOR:
-                file.write(np.ascontiguousarray(tensor.float().numpy()).view(np.uint8))
-            elif entry.layout in RAW:
-                file.write(_raw_bytes(tensor))
-            else:
-                try:
-                    data = pack(Rows(tensor), entry.layout)
-                except ConfigError as error:
-                    raise LoadError(f"{self.folder.name}: {name}: {error}") from None
-                file.write(data)
-                head = Rows(tensor)[slice(0, 256)]
-                worst = max(worst, _error(head, unpack(data, entry.layout, *entry.shape)[: len(head)]))
-        self.errors["resident"] = worst
-        self.files[RESIDENT] = file.close()
-        self.folder.release()
+        tensor = entry.fetch().detach()
+        if entry.layout == VECTOR:
+            return np.ascontiguousarray(tensor.float().numpy()).view(np.uint8)
+        if entry.layout in RAW:
+            return _raw_bytes(tensor)
+        try:
+            data = pack(Rows(tensor), entry.layout)
+        except ConfigError as error:
+            raise LoadError(f"{self.folder.name}: {name}: {error}") from None
+        head = Rows(tensor)[slice(0, 256)]
+        far = _error(head, unpack(data, entry.layout, *entry.shape)[: len(head)])
+        self.errors["resident"] = max(far, self.errors["resident"])
+        return data
 
     def write_experts(self, folder: Path, tell: Progress) -> None:
         """All slabs, layer by layer."""
@@ -168,23 +175,25 @@ class _Work:
             for expert in range(bank.num):
                 for name in bank.projections:
                     self.ledger.expect(layer, expert, name)
-        file = _File(folder / EXPERTS)
-        worst = 0.0
-        for layer, bank in self.found.banks.items():
-            entry = self.experts[str(layer)]
-            tell(f"{EXPERTS}: layer {layer}, {bank.num} experts of {entry['stride']:,} bytes")
-            slab = aligned(entry["stride"], PAGE)
-            for expert in range(bank.num):
-                for name, part in entry["parts"].items():
-                    bank.store(expert, name, slab[part["offset"] : part["offset"] + part["nbytes"]])
-                    if not name.endswith("_bias"):
-                        self.ledger.touch(layer, expert, name)
-                file.write(slab)
-                if expert == 0:
-                    worst = max(worst, _bank_error(bank, entry["parts"], slab))
-            self.folder.release()
-        self.errors["experts"] = worst
-        self.files[EXPERTS] = file.close()
+        with _File(folder / EXPERTS) as file:
+            for layer, bank in self.found.banks.items():
+                entry = self.experts[str(layer)]
+                tell(f"{EXPERTS}: layer {layer}, {bank.num} experts of {entry['stride']:,} bytes")
+                self._layer(layer, bank, entry, file)
+                self.folder.release()
+        self.files[EXPERTS] = file.facts()
+
+    def _layer(self, layer: int, bank: "BankReader", entry: dict[str, Any], file: _File) -> None:
+        """The slabs of one layer."""
+        slab = aligned(entry["stride"], PAGE)
+        for expert in range(bank.num):
+            for name, part in entry["parts"].items():
+                bank.store(expert, name, slab[part["offset"] : part["offset"] + part["nbytes"]])
+                if not name.endswith("_bias"):
+                    self.ledger.touch(layer, expert, name)
+            file.write(slab)
+            if expert == 0:
+                self.errors["experts"] = max(self.errors["experts"], _bank_error(bank, entry["parts"], slab))
 
     def receipt(self, bits: int) -> dict[str, Any]:
         """What was done, for the reader and for ``receipt.json``."""
