@@ -61,7 +61,9 @@ def _show(receipt: dict, out: Path, as_json: bool) -> None:  # type: ignore[type
         return
     size, error = receipt["bytes"], receipt["relative_error"]
     print(f"ledger: {receipt['ledger']['rows_touched']} of {receipt['ledger']['rows_expected']} rows written")
-    print(f"bytes: {size['resident']:,} resident, {size['experts']:,} experts in {', '.join(receipt['expert_layouts'])}")
+    print(
+        f"bytes: {size['resident']:,} resident, {size['experts']:,} experts in {', '.join(receipt['expert_layouts'])}"
+    )
     print("rounding: " + ", ".join(f"{name} {value:.2%}" for name, value in error.items()) + " of a matrix at most")
     for line in receipt["rounded_again"]:
         print(f"rounded again, no layout holds their codes: {line}")

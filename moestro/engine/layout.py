@@ -1,14 +1,15 @@
 """How a matrix of weights lies in bytes: one layout for decoding and for prompts, for every instruction set.
 
-A matrix [N out, K in] of a quantised layout is cut into blocks of 16 outputs x 64 inputs (N and K padded with weights of
+A matrix [N out, K in] of a quantised layout is cut into blocks of 16 outputs x 64 inputs (N and K padded with weights
+of
 0); blocks stand row block by row block, inside one group by group. A block is its codes, then 16 float16 scales, then,
 in layouts that have them, 16 zero points (uint8), one of each per output:
 
     weight[n, k] = scale[n, k // 64] * (code[n, k] - zero[n, k // 64])
 
 The code of output r (0..15) and input 4 q + j has the place 64 q + 4 r + j among the 1024 of its block: four inputs of
-16 outputs lie together, which is what one 64-byte multiply-add of integers reads. Places become bytes by planes: a plane
-of S bytes holds ``w`` bits a code, byte i those of places i, i + S, i + 2 S ... from the low bits up.
+16 outputs lie together, which is what one 64-byte multiply-add of integers reads. Places become bytes by planes: a
+plane of S bytes holds ``w`` bits a code, byte i those of places i, i + S, i + 2 S ... from the low bits up.
 
 ======= ============ ================= ===================================
 layout  zero         bytes a block     planes

@@ -10,7 +10,8 @@ from moestro.core.expert_cache import CachePolicy
 
 
 class Policy(Protocol):
-    """`policy(config, plan=None)`: who leaves the cache of experts. The same object runs in the simulator and in the engine.
+    """`policy(config, plan=None)`: who leaves the cache of experts. The same object runs in the simulator and in the
+    engine.
 
     A policy may also be a `Learner` (it is shown a recorded past) or an `Oracle` (it must be told the future).
     """
@@ -25,7 +26,7 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "order_does_not_matter": "the same steps evict the same experts, in whatever order candidates are given",
         "budget_is_kept": "hits and misses add up to what was asked for, and no event exceeds the budget",
         "room_for_all_misses_once": "with room for every expert only first uses miss",
-        "optimum_is_the_bound": "no policy misses less than an exhaustive search on short traces, nor than serve.belady",
+        "optimum_is_the_bound": "no policy misses less than exhaustive search on short traces, or than serve.belady",
         "keys_are_opaque": "renamed experts meet the same fate",
     },
 }

@@ -2,11 +2,11 @@
 
     victim = argmax over candidates of F(e, now),  F(e, t) = the first step after t that needs e, infinity if none does
 
-Equal F (experts that are not needed any more, or together): the one needed longest ago. For equal sizes, and steps whose
-experts fit the cache together, no policy that reads on demand reads less.
+Equal F (experts that are not needed any more, or together): the one needed longest ago. For equal sizes, and steps
+whose experts fit the cache together, no policy that reads on demand reads less.
 
-Source: Belady 1966; as the eviction rule of Read-ME (2410.19123, section 4.3), whose decoupled router knows the future of
-the queue.
+Source: Belady 1966; as the eviction rule of Read-ME (2410.19123, section 4.3), whose decoupled router knows the future
+of the queue.
 """
 
 from collections import deque
@@ -62,7 +62,9 @@ class Belady:
             ConfigError: nobody told the future.
         """
         if not self.told:
-            raise ConfigError("serve.belady must be told the future: use it in `moestro simulate cache`, or another policy")
+            raise ConfigError(
+                "serve.belady must be told the future: use it in `moestro simulate cache`, or another policy"
+            )
         return max(candidates, key=lambda key: (self._next(key), -self.last[key], key))
 
     def _next(self, key: Key) -> int:

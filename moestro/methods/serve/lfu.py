@@ -3,7 +3,8 @@
     victim = argmin over candidates of n(e),  n(e) = sum over past needs t of 2^(-(now - t) / half_life)
 
 Counts outlive eviction. Because 2^(now / half_life) scales all counts alike, they are kept as
-s(e) = log2 sum_t 2^(t / half_life), which needs no ageing and cannot overflow. Equal counts: the one needed longest ago.
+s(e) = log2 sum_t 2^(t / half_life), which needs no ageing and cannot overflow. Equal counts: the one needed longest
+ago.
 
 Source: the frequency caches of the catalogue in 2412.14219 (section 5.2); ageing as in LFU-DA and HOBBIT (2411.01433).
 """

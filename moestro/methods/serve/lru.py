@@ -4,8 +4,8 @@
 
 Equal times (experts of one step) go by key. What was read ahead of need counts as used when it came.
 
-Source: the baseline of every offloading engine; Mattson et al. 1970 for its stack property: what a smaller cache holds, a
-larger one holds too.
+Source: the baseline of every offloading engine; Mattson et al. 1970 for its stack property: what a smaller cache
+holds, a larger one holds too.
 """
 
 from collections.abc import Collection
