@@ -1,5 +1,8 @@
 """What the command of a planner or a meter does: open, plan, apply, save; or write the plan or the report."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ __all__ = ["Request", "account", "parity_batch", "run_method"]
 CHANGES_MODELS = ("convert", "adapt", "compress")
 SERVED_NEEDS = {"model", "models", "trace", "data", "none"}
 PARITY_SHAPE = (2, 32)
+MOST_ROWS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,8 @@ class Request:
         inputs: need -> argument. out: what to write. seed: of random choices.
         calibration: texts to measure on, or None. tokens: of them at most. overwrite: replace `out`.
         plan_file: where the plan itself goes, or None.
+        compare: open the model before and after for parity figures; None: where there is memory enough.
+        as_json: print a report as JSON. figure: file for the figure of a report, or None.
     """
 
     method_id: str
@@ -37,6 +43,9 @@ class Request:
     tokens: int = 20_000
     overwrite: bool = False
     plan_file: Path | None = None
+    compare: bool | None = None
+    as_json: bool = False
+    figure: Path | None = None
 
 
 def run_method(request: Request) -> None:
@@ -60,13 +69,26 @@ def run_method(request: Request) -> None:
     if not hasattr(used.module, "plan"):
         _write_report(request)
     elif used.id.partition(".")[0] in CHANGES_MODELS:
-        streams = getattr(used.module, "streams", None)
-        if streams is not None and streams(used.configure(request.values)):
+        if _reads_matrices_only(request):
             _change_on_disk(request)
         else:
             _change_model(request)
     else:
         _write_plan(request)
+
+
+def _reads_matrices_only(request: Request) -> bool:
+    """Whether the plan asks for nothing that only an open model tells, so that the model may be larger than memory."""
+    from moestro.core.registry import method
+    from moestro.methods.planning import wanted
+
+    used = method(request.method_id)
+    settings = used.configure(request.values)
+    streams = getattr(used.module, "streams", None)
+    if streams is not None:
+        found: bool = streams(settings)
+        return found
+    return used.id.startswith("convert.") and not wanted(used, settings) and request.calibration is None
 
 
 def _change_model(request: Request) -> None:
@@ -77,15 +99,10 @@ def _change_model(request: Request) -> None:
     batches = _batches(request)
     plan = _plan(request, model, donors, batches)
     calibrates = getattr(plan, "rounding", None) is not None and batches
-    receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else [parity_batch(model)])
-    if request.plan_file is not None:
-        plan.save(request.plan_file)
-    try:
+    parity = None if request.compare is False else [parity_batch(model)]
+    receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else parity)
+    with _plan_beside(plan, request.plan_file):
         save(model, request.out, overwrite=request.overwrite)
-    except BaseException:
-        if request.plan_file is not None:
-            request.plan_file.unlink(missing_ok=True)  # the plan and the model appear together or not at all
-        raise
     for line in account(receipt):
         print(line)
     print(f"saved {request.out}")
@@ -99,22 +116,52 @@ def _change_on_disk(request: Request) -> None:
     from moestro.surgery.disk import Folder
     from moestro.surgery.opened import OpenModel
 
-    used, ref = method(request.method_id), request.inputs["model"]
-    folder = Folder(ref)
+    used, refs = method(request.method_id), _refs(request)
+    if len(refs) > 1:
+        refuse_other_tokenizers(refs)
+    folders = [Folder(ref) for ref in refs]
     print(f"{request.method_id}: plan", flush=True)
-    subject = OpenModel(folder.model, folder.name, folder.read)
-    plan = used.plan(PlanInputs(subject=subject, seed=request.seed), used.configure(request.values))
-    folder.release()
+    subject, *others = [OpenModel(folder.model, folder.name, folder.read) for folder in folders]
+    donors = {f"donor{number}": donor for number, donor in enumerate(others, 1)}
+    inputs = PlanInputs(subject=subject, donors=donors, seed=request.seed)
+    plan = used.plan(inputs, used.configure(request.values))
     for line in plan.notes.get("lines", ()):
         print(line, flush=True)
-    receipt = surgery.apply(ref, plan, request.out, calib=_batches(request) or None, overwrite=request.overwrite)
-    if request.plan_file is not None:
-        plan.save(request.plan_file)
+    batches = _batches(request)
+    if not batches and (_can_be_opened(folders[0]) if request.compare is None else request.compare):
+        batches = [parity_batch(folders[0].model)]
+    for folder in folders:
+        folder.release()
+    taken = dict(zip(donors, refs[1:], strict=True)) or None
+    with _plan_beside(plan, request.plan_file):
+        receipt = surgery.apply(
+            refs[0], plan, request.out, donors=taken, calib=batches or None, overwrite=request.overwrite
+        )
     for line in account(receipt):
         print(line)
     if receipt["parity"] is None:
-        print("answers were not compared, that opens both models; --data TEXTS does it")
+        print("answers were not compared, that opens the model before and after; --compare or --data TEXTS does it")
     print(f"saved {request.out}")
+
+
+@contextmanager
+def _plan_beside(plan: "Plan", file: Path | None) -> Iterator[None]:
+    """The plan and the model appear together or not at all."""
+    if file is not None:
+        plan.save(file)
+    try:
+        yield
+    except BaseException:
+        if file is not None:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _can_be_opened(folder: Any) -> bool:
+    """Whether a quarter of the memory that is free holds the checkpoint: what comes out may be larger than it."""
+    from moestro.cli.doctor import memory
+
+    return 4 * sum(folder.nbytes(name) for name in folder.entries) < memory()[1]
 
 
 def _write_plan(request: Request) -> None:
@@ -133,10 +180,46 @@ def _write_report(request: Request) -> None:
     name = str(request.inputs.get("model") or request.inputs.get("trace") or "")
     subject = MeterInputs(name=name, model=model, batches=batches, trace=_trace(request), seed=request.seed)
     report = used.entry("measure")(subject, used.configure(request.values))
+    if request.figure is not None:
+        from moestro.report import figures
+
+        found = used.module.curves(report)
+        figure, (axes,) = figures.new(1, width=6.0, height=3.6)
+        lines = {name: ([x for x, _ in line], [[y for _, y in line]]) for name, line in found["series"].items()}
+        figures.curves(axes, lines, x_name=found["x"], y_name=found["y"])
+        figures.save(figure, request.figure)
     report.save(request.out)
+    if request.as_json:
+        print(json.dumps(report.model_dump(mode="json"), indent=1))
+        return
+    _show_tables(report)
     for key, number in report.numbers.items():
         print(f"{key}: {number:.6g}")
     print(f"saved {request.out}")
+
+
+def _show_tables(report: Any) -> None:
+    """The short tables of a report; long ones are for those who open the file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, table in report.tables.items():
+        if len(table.rows) > MOST_ROWS:
+            print(f"{name}: {len(table.rows)} rows, in the file")
+            continue
+        shown = Table(box=None, pad_edge=False)
+        for place, column in enumerate(table.columns):
+            words = any(isinstance(row[place], str) for row in table.rows)
+            shown.add_column(column, justify="left" if words else "right")
+        for row in table.rows:
+            shown.add_row(*(_cell(cell) for cell in row))
+        Console(highlight=False, width=max(Console().width, 120)).print(shown)
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 10000 else f"{cell:.4g}"
+    return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
 
 
 def _load(ref: str) -> Any:
@@ -248,7 +331,7 @@ def parity_batch(model: Any) -> dict[str, Any]:
 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, PARITY_SHAPE, generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids.to(model.device)}
+    batch = {"input_ids": ids if model.device.type == "meta" else ids.to(model.device)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]
     return batch

@@ -93,7 +93,7 @@ def _system() -> Iterator[Check]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Check("system", "cores", f"{usable} usable", note=f"OMP_NUM_THREADS={threads}" if threads else "")
-    total, available = _memory()
+    total, available = memory()
     low = available < 4 * GIB
     yield Check(
         "system", "memory", f"{available / GIB:.1f} GiB free of {total / GIB:.1f}",
@@ -116,7 +116,7 @@ def _processor() -> str:
     return f"{fields.get('model name', platform.processor())} [{', '.join(units) or 'no vector units found'}]"
 
 
-def _memory() -> tuple[int, int]:
+def memory() -> tuple[int, int]:
     """(total, available) bytes; a control group's limit counts as the machine's."""
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")

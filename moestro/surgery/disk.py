@@ -38,14 +38,21 @@ from moestro.surgery.record import record
 from moestro.surgery.rest import Rest
 
 
-RELEASE = 1 << 27
+RELEASE = 1 << 25
 """Bytes read from mapped files after which they are let go and mapped anew."""
 
 LARGE = 1 << 28
 """Bytes of held tensors from which on only two of them are held."""
 
-HELD = 3
+HELD = 2
 """Tensors of the old files, and changed layers, kept in memory at a time."""
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps what is below some size, and layer by layer that adds up."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 class Folder:
@@ -113,11 +120,7 @@ class Folder:
         """Let go of all tensors and of the mapped files, and give freed memory back to the system."""
         self._held.clear()
         self._source.close()
-        if sys.platform == "linux":
-            # glibc keeps what is freed below some size; layer by layer that adds up to the size of the model.
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-            if trim is not None:
-                trim(0)
+        give_back()
 
     def nbytes(self, name: str) -> int:
         """Bytes of a tensor on disk."""
@@ -191,6 +194,7 @@ class Changed:
             self._layers[site] = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
             while len(self._layers) > HELD:
                 self._layers.popitem(last=False)
+            give_back()
         return self._layers[site]
 
 

@@ -23,7 +23,7 @@ def test_a_check_that_raises_becomes_a_line(
     def broken() -> tuple[int, int]:
         raise OSError("no such page size")
 
-    monkeypatch.setattr(doctor, "_memory", broken)
+    monkeypatch.setattr(doctor, "memory", broken)
     assert main(["doctor", "--quick"]) == 0
     told = capsys.readouterr().out
     assert "OSError: no such page size" in told
@@ -38,6 +38,6 @@ def test_a_missing_requirement_is_bad_and_a_missing_extra_is_not(monkeypatch: py
 
 
 def test_little_memory_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_memory", lambda: (3 * doctor.GIB, 2 * doctor.GIB))
+    monkeypatch.setattr(doctor, "memory", lambda: (3 * doctor.GIB, 2 * doctor.GIB))
     memory = next(check for check in doctor.checks(quick=True) if check.name == "memory")
     assert (memory.state, memory.value) == ("bad", "2.0 GiB free of 3.0")

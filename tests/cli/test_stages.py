@@ -50,11 +50,35 @@ def test_upcycling_from_the_command_line(parent: Path, capsys: pytest.CaptureFix
     assert [entry.layer for entry in ExpertPlan.load(plan).layers] == [1]
 
 
-def test_a_plan_file_is_neither_overwritten_nor_left_behind(
+def test_a_conversion_opens_models_only_to_compare_their_answers(
     parent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    arguments = ["convert", "upcycle", str(parent), str(parent.parent / "out"), "--num-experts", "2", "--top-k", "2"]
+    assert main(arguments) == 0
+    assert "largest difference" in capsys.readouterr().out, "there is memory enough for a tiny model"
+
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("moestro.surgery.disk.load", opened)
+    monkeypatch.setattr("moestro.models.load.load", opened)
+    monkeypatch.setattr("moestro.cli.doctor.memory", lambda: (1 << 20, 1 << 10))
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "answers were not compared" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="was opened"):
+        main([*arguments, "--overwrite", "--compare"])
+
+
+@pytest.mark.parametrize("where", ["moestro.models.save.save", "moestro.surgery.disk.write_model"])
+def test_a_plan_file_is_neither_overwritten_nor_left_behind(
+    where: str, parent: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, plan = parent.parent / "out", parent.parent / "plan.json"
-    arguments = ["convert", "upcycle", str(parent), str(out), "--num-experts", "2", "--top-k", "1", "--plan", str(plan)]
+    arguments = ["convert", "split", str(parent), str(out), "--num-experts", "4", "--top-k", "4", "--plan", str(plan)]
+    if where.endswith("save"):
+        text = parent.parent / "text.txt"
+        text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+        arguments += ["--partition", "coactivation", "--data", str(text), "--tokens", "300"]
     plan.write_text("mine")
     assert main(arguments) == 2
     assert f"{plan} exists" in capsys.readouterr().err
@@ -65,7 +89,7 @@ def test_a_plan_file_is_neither_overwritten_nor_left_behind(
     def full(*_: Any, **__: Any) -> None:
         raise SaveError("no space")
 
-    monkeypatch.setattr("moestro.models.save.save", full)
+    monkeypatch.setattr(where, full)
     assert main(arguments) == 2
     assert not plan.exists()
 
