@@ -29,6 +29,7 @@ _HOMES = {
     "plan": "moestro.testing.planner_contract",
     "measure": "moestro.testing.meter_contract",
     "objective": "moestro.testing.objective_contract",
+    "policy": "moestro.testing.policy_contract",
 }
 
 
