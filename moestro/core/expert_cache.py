@@ -91,6 +91,10 @@ class ExpertCache:
         """Whether a key may not be evicted."""
         return key in self._held
 
+    def held_bytes(self, without: Collection[Key] = ()) -> int:
+        """Bytes in the cache that may not be evicted, but for some keys."""
+        return sum(self.resident.get(key, 0) for key in self._held if key not in without)
+
     def make_room(self, nbytes: int) -> list[Key] | None:
         """Evict until ``nbytes`` more fit; the keys that went.
 
@@ -108,8 +112,7 @@ class ExpertCache:
             passing = next((key for key in self._passing if key in loose), None)
             key = self.policy.victim(loose) if passing is None else passing
             free += loose.pop(key)
-            self.remove(key)
-            self.policy.on_evict(key)
+            self._remove(key)
             gone.append(key)
         return gone
 
@@ -123,10 +126,15 @@ class ExpertCache:
         if not self.policy.admit(key):
             self._passing[key] = None
 
-    def remove(self, key: Key) -> None:
-        """Take a key out without asking the policy, as when its bytes could not be read."""
+    def forget(self, key: Key) -> None:
+        """Take a key out whoever holds it, as when its bytes could not be read."""
+        self._held.pop(key, None)
+        self._remove(key)
+
+    def _remove(self, key: Key) -> None:
         self.used -= self.resident.pop(key)
         self._passing.pop(key, None)
+        self.policy.on_evict(key)
 
 
 def run_step(cache: ExpertCache, keys: Sequence[Key], nbytes: int) -> int:
