@@ -41,7 +41,7 @@ def test_short_reads_are_continued_and_an_early_end_is_an_error(packed: Packed) 
         with store.acquire(2, [1, 7]) as lease:
             assert contents(lease) == [2001, 2007]
         store._file._read = lambda descriptor, buffers, offset: 0
-        with store.acquire(0, [3]) as lease, pytest.raises(StoreError, match="8192 bytes are missing"):
+        with store.acquire(0, [3]) as lease, pytest.raises(StoreError, match="8192 bytes of a slab are missing"):
             contents(lease)
 
 
@@ -166,7 +166,7 @@ def test_a_file_that_is_changed_in_place_is_refused(packed: Packed) -> None:
     with store_of(packed, 2) as store:
         with (packed.path / EXPERTS).open("r+b") as file:
             file.truncate(5 * STRIDE)
-        with store.acquire(0, [6]) as lease, pytest.raises(StoreError, match="bytes are missing"):
+        with store.acquire(0, [6]) as lease, pytest.raises(StoreError, match="bytes of a slab are missing"):
             contents(lease)
         with store.acquire(0, [1]) as lease, pytest.raises(StoreError, match="was changed while it was in use"):
             contents(lease)
