@@ -104,14 +104,15 @@ class ExpertCache:
         free = self.budget - self.used
         if free >= nbytes:
             return []
-        loose = {key: size for key, size in self.resident.items() if key not in self._held}
-        if free + sum(loose.values()) < nbytes:
+        if self.budget - self.held_bytes() < nbytes:
             return None
+        loose = [key for key in self.resident if key not in self._held]
         gone: list[Key] = []
         while free < nbytes:
-            passing = next((key for key in self._passing if key in loose), None)
+            passing = next((key for key in self._passing if key not in self._held), None)
             key = self.policy.victim(loose) if passing is None else passing
-            free += loose.pop(key)
+            loose.remove(key)
+            free += self.resident[key]
             self._remove(key)
             gone.append(key)
         return gone
