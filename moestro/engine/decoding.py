@@ -1,0 +1,99 @@
+"""A decoder's routes as a forward understands them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from moestro.core.decoding import Route
+from moestro.core.errors import ConfigError
+from moestro.engine.kernels.interface import Floats, Ints, Router
+from moestro.engine.sequences import Forward
+
+
+# (layer, logits [r, E], ids [r, k], weights [r, k]) of some rows -> other ids and weights; -1: no expert.
+Override = Callable[[int, Floats, Ints, Floats], tuple[Ints, Floats]]
+
+
+def route_index(forward: Forward, route: Route | None) -> int:
+    """The index of a route in the forward's ``overrides``, added there if it is new; 0 is the model's own.
+
+    Raises:
+        ConfigError: the model has too few experts, or the forward follows no other routes.
+    """
+    if route is None:
+        return 0
+    known: dict[Route, int] = forward.__dict__.setdefault("_route_indices", {})
+    if route not in known:
+        route.fits(forward.experts)
+        overrides: list[Any] | None = getattr(forward, "overrides", None)
+        if overrides is None:
+            raise ConfigError(f"this model cannot follow the route {route}: its forward has no overrides")
+        make: Callable[[Route], Any] | None = getattr(forward, "override", None)
+        if make is None:
+            routers = [layer.router for layer in forward.description.layers]  # type: ignore[attr-defined]
+            made: Any = override_of(route, routers)
+        else:
+            made = make(route)
+        overrides.append(made)
+        known[route] = len(overrides) - 1
+    return known[route]
+
+
+def override_of(route: Route, routers: Sequence[Router | None]) -> Override:
+    """A route over the native router dialects: chosen from a layer's logits by the same rule with another k."""
+
+    def follow(layer: int, logits: Floats, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
+        router = routers[layer]
+        if router is None or (route.layers is not None and layer not in route.layers):
+            return ids, weights
+        return chosen(route, router, logits)
+
+    return follow
+
+
+def chosen(route: Route, router: Router, logits: Floats) -> tuple[Ints, Floats]:
+    """Logits [r, E] -> ids int32 [r, k], weights float32 [r, k] by the route.
+
+    What is ranked and what weighs follow the router (sigmoids, selection bias, groups); a group's closed experts may
+    come up when k reaches beyond the open ones.
+    """
+    from moestro.engine.kernels.twin import choose
+
+    if route.kind == "topk":
+        ids, weights = choose(replace(router, top_k=route.k), logits)
+        return ids.astype(np.int32), _summing(weights) if route.weight == "one" else weights
+    experts = logits.shape[1]
+    raw = replace(router, renormalise=False, scale=1.0)
+    deepest = {"rank": route.k, "random": experts, "threshold": experts}[route.kind]
+    ids, gates = choose(replace(raw, top_k=deepest), logits)
+    if route.kind == "rank":
+        ids, gates = ids[:, -1:], gates[:, -1:]
+    elif route.kind == "random":
+        # A number of the row itself: the same row goes to the same expert, whatever runs beside it.
+        at = np.array([[hash_of(row) % experts] for row in logits])
+        gates = np.take_along_axis(gates, np.argsort(ids, axis=-1), axis=-1)
+        ids, gates = at, np.take_along_axis(gates, at, axis=-1)
+    else:
+        share = gates / gates.sum(-1, keepdims=True)
+        before = np.cumsum(share, axis=-1) - share
+        ids = np.where(before < route.threshold, ids, -1)
+        gates = np.where(ids >= 0, gates, 0)
+        width = int((ids >= 0).sum(-1).max())
+        ids, gates = ids[:, :width], gates[:, :width]
+    if route.weight == "one" or router.renormalise or router.kind == "topk_softmax":
+        gates = _summing(gates)
+    scale = np.float32(1.0 if route.weight == "one" else router.scale)
+    return ids.astype(np.int32), (gates * scale).astype(np.float32)
+
+
+def _summing(weights: Floats) -> Floats:
+    return np.asarray(weights / weights.sum(-1, keepdims=True), dtype=np.float32)
+
+
+def hash_of(row: Floats) -> int:
+    """A number that depends on the bits of a row of scores, well mixed."""
+    import hashlib
+
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(row).tobytes(), digest_size=8).digest(), "little")
