@@ -91,6 +91,10 @@ class ExpertCache:
         """Whether a key may not be evicted."""
         return key in self._held
 
+    def held_bytes(self, without: Collection[Key] = ()) -> int:
+        """Bytes in the cache that may not be evicted, but for some keys."""
+        return sum(self.resident.get(key, 0) for key in self._held if key not in without)
+
     def make_room(self, nbytes: int) -> list[Key] | None:
         """Evict until ``nbytes`` more fit; the keys that went.
 
@@ -100,16 +104,16 @@ class ExpertCache:
         free = self.budget - self.used
         if free >= nbytes:
             return []
-        loose = {key: size for key, size in self.resident.items() if key not in self._held}
-        if free + sum(loose.values()) < nbytes:
+        if self.budget - self.held_bytes() < nbytes:
             return None
+        loose = [key for key in self.resident if key not in self._held]
         gone: list[Key] = []
         while free < nbytes:
-            passing = next((key for key in self._passing if key in loose), None)
+            passing = next((key for key in self._passing if key not in self._held), None)
             key = self.policy.victim(loose) if passing is None else passing
-            free += loose.pop(key)
-            self.remove(key)
-            self.policy.on_evict(key)
+            loose.remove(key)
+            free += self.resident[key]
+            self._remove(key)
             gone.append(key)
         return gone
 
@@ -123,10 +127,15 @@ class ExpertCache:
         if not self.policy.admit(key):
             self._passing[key] = None
 
-    def remove(self, key: Key) -> None:
-        """Take a key out without asking the policy, as when its bytes could not be read."""
+    def forget(self, key: Key) -> None:
+        """Take a key out whoever holds it, as when its bytes could not be read."""
+        self._held.pop(key, None)
+        self._remove(key)
+
+    def _remove(self, key: Key) -> None:
         self.used -= self.resident.pop(key)
         self._passing.pop(key, None)
+        self.policy.on_evict(key)
 
 
 def run_step(cache: ExpertCache, keys: Sequence[Key], nbytes: int) -> int:

@@ -40,7 +40,8 @@ class LeastRecentlyUsed:
 
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
-        return min(candidates, key=lambda key: (self.last[key], key))
+        oldest = min(map(self.last.__getitem__, candidates))
+        return min(key for key in candidates if self.last[key] == oldest)
 
     def admit(self, key: Key) -> bool:
         """See CachePolicy."""
