@@ -81,6 +81,8 @@ class LlamaCpp:
         import llama_cpp
 
         self.api = api = llama_cpp
+        self.quiet = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self.quiet, ctypes.c_void_p(0))
         api.llama_backend_init()
         settings = api.llama_model_default_params()
         settings.use_mmap = False
@@ -113,21 +115,21 @@ class LlamaCpp:
         return logits
 
 
-def measure(arms: list[Any], rounds: int, tokens: int) -> dict[str, dict[str, list[float]]]:
+def measure(arms: list[Any], rounds: int, tokens: int, clock: Callable[[], float]) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of every arm in every round."""
     stream = np.random.default_rng(1).integers(0, 49152, PROMPT + tokens).astype(np.int32)
     rates: dict[str, dict[str, list[float]]] = {arm.name: {"prefill": [], "decode": []} for arm in arms}
 
     def prefill(arm: Any) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         arm.feed(stream[:PROMPT], 0)
-        return PROMPT / (time.perf_counter() - begin)
+        return PROMPT / (clock() - begin)
 
     def decode(arm: Any) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for index in range(tokens):
             arm.feed(stream[PROMPT + index : PROMPT + index + 1], 64 + index)
-        return tokens / (time.perf_counter() - begin)
+        return tokens / (clock() - begin)
 
     work: dict[str, Callable[[Any], float]] = {"prefill": prefill, "decode": decode}
     for arm in arms:  # first touch
@@ -147,13 +149,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="decoded in a round")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--isa", help="instruction set of our kernels; the best when not given")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, processor time: for a machine that others use as well"
+    )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    clock = time.thread_time if given.cpu_time else time.perf_counter
+    if given.cpu_time:
+        given.threads = 1
     rows = []
     for bits in given.bits:
         ours = Ours(given.folder / f"packed-{bits}", given.threads, given.isa)
         peer = LlamaCpp(given.folder / f"q{bits}_0.gguf", given.threads)
-        rates = measure([ours, peer], given.rounds, given.tokens)
+        rates = measure([ours, peer], given.rounds, given.tokens, clock)
         for what in ("decode", "prefill"):
             a, b = rates[ours.name][what], rates[peer.name][what]
             ratio = [x / y for x, y in zip(a, b, strict=True)]

@@ -5,7 +5,7 @@
 Equal F (experts that are not needed any more, or together): the one needed longest ago. For equal sizes, and steps
 whose experts fit the cache together, no policy that reads on demand reads less.
 
-Source: Belady 1966; as the eviction rule of Read-ME (2410.19123, section 4.3), whose decoupled router knows the future
+Source: Belady 1966; as the eviction rule of Read-ME (2410.19123), whose decoupled router knows the future
 of the queue.
 """
 

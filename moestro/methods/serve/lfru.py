@@ -8,7 +8,7 @@ one, whose least recently used member moves back once that part holds more than 
 Only when no candidate is unprivileged does the privileged part give its least recently used. A prompt that runs through
 every expert once therefore leaves the privileged part alone.
 
-Source: Bilal and Kang 2017 (1702.04078, section III), where the unprivileged part is an approximated LFU; counts are
+Source: Bilal and Kang 2017 (1702.04078), where the unprivileged part is an approximated LFU; counts are
 exact here.
 """
 

@@ -6,7 +6,7 @@ Counts outlive eviction. Because 2^(now / half_life) scales all counts alike, th
 s(e) = log2 sum_t 2^(t / half_life), which needs no ageing and cannot overflow. Equal counts: the one needed longest
 ago.
 
-Source: the frequency caches of the catalogue in 2412.14219 (section 5.2); ageing as in LFU-DA and HOBBIT (2411.01433).
+Source: the frequency caches among the offloading systems of 2412.14219; the half-life is ours.
 """
 
 import math

@@ -5,7 +5,7 @@
 The n hottest experts that fit settle in the cache and never leave it; the others pass through what room is left. Equal
 counts: the one needed longest ago. Without a past all counts are equal, and this is LRU.
 
-Source: the popularity lists of Fiddler (2402.07033, section 3.2) and the frequency placement of KTransformers, as a
+Source: the popularity lists of Fiddler (2402.07033) and the frequency placement of KTransformers, as a
 cache.
 """
 
