@@ -205,7 +205,9 @@ def _followed(route: Route, routing: Any, router: Any) -> Any:
     gates = gate.gather(1, chosen)
     if route.kind == "threshold":
         share = gates / gates.sum(-1, keepdim=True)
-        open_TE = torch.zeros_like(gate, dtype=torch.bool).scatter(1, chosen, share.cumsum(-1) - share < route.threshold)
+        open_TE = torch.zeros_like(gate, dtype=torch.bool).scatter(
+            1, chosen, share.cumsum(-1) - share < route.threshold
+        )
         weights = torch.where(open_TE, gate, torch.zeros_like(gate))
         summing = route.weight == "one" or bool((router.weigh(gates).sum(-1) - 1).abs().max() < 1e-5)
         weights = weights / weights.sum(-1, keepdim=True) if summing else weights

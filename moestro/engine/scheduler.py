@@ -135,22 +135,22 @@ class Scheduler:
             self._end(request, Piece(finish="cancelled"))
 
     def _admit(self) -> None:
-        while True:
-            with self._lock:
+        refused: list[tuple[Request, ConfigError]] = []
+        with self._lock:  # nobody may drop what is just being let in
+            while True:
                 request = next((r for r in self.waiting if r.after is None or r.after.writing or r.after.done), None)
-            lanes = sum(len(running.lanes) for running in self.running)
-            if request is None or lanes + len(request.decoder.routes) > self.limits.running:
-                return
-            try:
-                if not self._open(request):
-                    return
-            except ConfigError as error:
-                self._end(request, Piece(error=error))
-            else:
-                self.running.append(request)
-            with self._lock:
-                if request in self.waiting:
-                    self.waiting.remove(request)
+                lanes = sum(len(running.lanes) for running in self.running)
+                if request is None or lanes + len(request.decoder.routes) > self.limits.running:
+                    break
+                try:
+                    if not self._open(request):
+                        break
+                    self.running.append(request)
+                except ConfigError as error:
+                    refused.append((request, error))
+                self.waiting.remove(request)
+        for request, error in refused:
+            self._end(request, Piece(error=error))
 
     def _open(self, request: Request) -> bool:
         """Pages for every pass, or for none."""
@@ -183,7 +183,7 @@ class Scheduler:
             for lane in request.lanes
             if lane.logits is None
         ]
-        rows = min(self.limits.chunk - len(work), self.limits.mixed) if work else self.limits.chunk
+        rows = max(1, min(self.limits.chunk - len(work), self.limits.mixed)) if work else self.limits.chunk
         if reading:
             # Whoever is first takes what division leaves; it is somebody else every time.
             self._turn = (self._turn + 1) % len(reading)

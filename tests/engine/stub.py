@@ -44,7 +44,9 @@ class StubForward:
             self.on_route(1, (batch.tokens % 4)[:, None].astype(np.int32), np.ones((len(batch.tokens), 1), np.float32))
         if self.broken & set(batch.tokens.tolist()):
             raise OSError(5, "the disk does not answer")
-        return np.stack([self._logits(batch, row) for row in batch.want]) if len(batch.want) else np.zeros((0, self.vocab))
+        return (
+            np.stack([self._logits(batch, row) for row in batch.want]) if len(batch.want) else np.zeros((0, self.vocab))
+        )
 
     def _logits(self, batch: Batch, row: int) -> Floats:
         position = int(batch.positions[row])

