@@ -106,7 +106,8 @@ class Plain:
 
     def combine(self, logits: Floats) -> Floats:
         """The only row."""
-        return logits[0]
+        only: Floats = logits[0]
+        return only
 
 
 PLAIN: Decoder = Plain()

@@ -10,7 +10,6 @@ import functools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.engine import protocol

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 
-class BadRequest(Exception):  # noqa: N818 - it is an answer
+class BadRequest(Exception):
     """A request that is answered with an error.
 
     Attributes:

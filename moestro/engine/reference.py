@@ -209,7 +209,8 @@ def _followed(route: Route, routing: Any, router: Any) -> Any:
             1, chosen, share.cumsum(-1) - share < route.threshold
         )
         weights = torch.where(open_TE, gate, torch.zeros_like(gate))
-        summing = route.weight == "one" or bool((router.weigh(gates).sum(-1) - 1).abs().max() < 1e-5)
+        # One gate alone weighs 1 under a router that renormalises; all of a softmax sum to 1 under any.
+        summing = route.weight == "one" or bool((router.weigh(gates[:, :1]) - 1).abs().max() < 1e-5)
         weights = weights / weights.sum(-1, keepdim=True) if summing else weights
         return type(routing).from_mask(open_TE, weights, num_experts=experts, scores=scores)
     weights = router.weigh(gates)

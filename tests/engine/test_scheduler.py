@@ -188,8 +188,8 @@ def test_whoever_is_passed_over_comes_up_in_time() -> None:
     )
     answers = [Answer([n], 50) for n in range(4)]
     scheduler.submit(*(answer.request for answer in answers))
-    gaps = {n: 0 for n in range(4)}
-    last = {n: (1, 0.0) for n in range(4)}
+    gaps = dict.fromkeys(range(4), 0)
+    last = dict.fromkeys(range(4), (1, 0.0))
     for _ in range(80):
         now[0] += 1.0
         scheduler.step()
