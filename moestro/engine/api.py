@@ -202,7 +202,13 @@ class Api:
 
         requests: list[Request] = []
         for number, prompt in enumerate(prompts):
-            room = max(1, self.engine.context - len(prompt))
+            room = self.engine.context - len(prompt)
+            if room < (asked.max_tokens or 1):
+                raise BadRequest(
+                    f"{len(prompt)} tokens of prompt and {asked.max_tokens or 1} to write are more than the "
+                    f"{self.engine.context} positions of a request",
+                    code="context_length_exceeded",
+                )
             for choice in range(asked.n):
                 sampling = asked.sampling
                 if sampling.seed is not None and choice:

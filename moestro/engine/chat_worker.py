@@ -1,4 +1,6 @@
-"""The process that renders chat templates. A template comes with a model and is a program: it runs here, not in the server.
+"""The process that renders chat templates.
+
+A template comes with a model and is a program: it runs here, not in the server.
 
 Run as a file of its own. Reads one JSON line {"template", "values"} at a time from standard input and answers with one
 JSON line {"text"} or {"error"}. Before the first template it gives up opening files, sockets and processes, and

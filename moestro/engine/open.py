@@ -71,7 +71,8 @@ def _reference(ref: str, memory: int, context: int | None) -> Opened:
     wanted = -(-(context or 8 * positions) // probe.page)
     if context is not None and fitting < wanted:
         raise ConfigError(
-            f"{show_size(memory - weights)} beside the weights hold {fitting * probe.page} positions, fewer than {context}"
+            f"{show_size(memory - weights)} beside the weights hold {fitting * probe.page} positions, "
+            f"fewer than {context}"
         )
     forward = ReferenceForward(model, pages=max(1, min(fitting, wanted)))
     return Opened(_name(ref), forward, vocabulary, "reference", positions)

@@ -240,7 +240,7 @@ def _bias(bias: Fields, vocab: int) -> dict[int, float]:
 
 
 def _decoder(fields: Fields) -> Decoder:
-    """``"decoding": {"method": "serve.scmoe", ...}``: a decoding method with its settings; absent: the model as it is."""
+    """``"decoding": {"method": "serve.scmoe", ...}``: a method with its settings; absent: the model as it is."""
     inner = fields.inner("decoding")
     if inner is None:
         return PLAIN

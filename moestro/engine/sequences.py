@@ -149,7 +149,7 @@ class Pages:
         return Table(self._next, found, length, need, chain, salt)
 
     def write(self, table: Table, stop: int) -> list[tuple[int, int]]:
-        """Make positions ``table.length`` .. ``stop - 1`` writable; returns (from, to) pages to copy before the step."""
+        """Make positions ``table.length`` .. ``stop - 1`` writable; (from, to) pages to copy before the step."""
         copies = []
         for index in range(table.length // self.page, self.needed(stop)):
             if index == len(table.pages):

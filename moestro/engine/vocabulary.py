@@ -43,7 +43,7 @@ class Vocabulary:
 
 
 def open_vocabulary(folder: str | Path, config: dict[str, Any] | None = None) -> Vocabulary:
-    """The vocabulary of a model folder: tokenizer.json, tokenizer_config.json, chat_template.jinja, generation_config.json.
+    """The vocabulary of a model folder, from tokenizer.json and the small files beside it.
 
     Args:
         config: the model's config, for its end tokens.

@@ -129,7 +129,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
     shown = [stream.push(byte) for byte in "aé€😀b".encode()]
     assert shown == ["a", "", "é", "", "", "€", "", "", "", "😀", "b"]
     cut = TextStream(lambda ids: bytes(ids).decode("utf-8", errors="replace"))
-    assert cut.push("é".encode()[0]) + cut.end() == "\ufffd"
+    assert [cut.push("é".encode()[0]), cut.end()] == ["", "\ufffd"]
 
 
 def test_a_stop_across_tokens_ends_a_request() -> None:
