@@ -2,10 +2,12 @@
 
     python benchmarks/build_reference_model.py OUT
     pip install llama-cpp-python            # built from source; a benchmark's need, not a dependency
+                                            # (0.3.36 with GCC 12 needs its AMX path off: it crashes on prompts)
     python benchmarks/against_llama_cpp.py OUT [--bits 4 8] [--rounds 7] [--threads 2] [--json]
 
 Arms take turns within every round and their order rotates; figures are medians over rounds, ratios medians of the ratio
-within a round. Token ids are a fixed random stream, not what random weights would say (loops flatter caches). Both
+within a round. Before that both must agree on the logits of a prompt (each rounds the weights in its own way:
+correlation at least 0.99 with 8 bits, 0.95 with 4). Token ids are a fixed random stream, not what random weights would say (loops flatter caches). Both
 sides compute the logits of every decoded token and of the last prompt token.
 """
 
@@ -161,6 +163,7 @@ def main() -> None:
     for bits in given.bits:
         ours = Ours(given.folder / f"packed-{bits}", given.threads, given.isa)
         peer = LlamaCpp(given.folder / f"q{bits}_0.gguf", given.threads)
+        check_agreement(ours, peer, bits)
         rates = measure([ours, peer], given.rounds, given.tokens, clock)
         for what in ("decode", "prefill"):
             a, b = rates[ours.name][what], rates[peer.name][what]
