@@ -27,6 +27,7 @@ def register(app: typer.Typer) -> None:
         queue: int = typer.Option(64, "--queue", min=1, help="Requests that may wait."),
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
         chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
+        policy: str = typer.Option("serve.lru", "--policy", help="Which expert of a packed model leaves memory."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
     ) -> None:
         """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a web page at /.
@@ -48,7 +49,7 @@ def register(app: typer.Typer) -> None:
                 raise ConfigError(f"{api_key_file}: {error}") from None
         check_bind(host, key)
         limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
-        opened = open_forward(model, parse_size(memory, "--memory"), context=context)
+        opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy)
         _listen(Engine(opened, limits, share=prefix_cache), key, host, port)
 
 

@@ -24,6 +24,7 @@ class TemplateError(Exception):
 
 def environment() -> Any:
     """The environment that chat templates of Hugging Face models expect, in Jinja's immutable sandbox."""
+    import jinja2.debug  # noqa: F401 - templates that fail ask for it, when no file can be opened any more
     from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -87,7 +88,8 @@ def give_up_rights() -> None:
 def main() -> None:
     """Answer until standard input ends."""
     made = environment()
-    render(made, "{% for m in messages %}{{ m | tojson }}{% endfor %}", {"messages": [{"a": 1}]})  # load what is lazy
+    # Load what is lazy, the codec of escapes in strings too.
+    render(made, "{% for m in messages %}{{ m | tojson }}{{ '\\n' }}{% endfor %}", {"messages": [{"a": 1}]})
     with contextlib.suppress(ImportError, OSError):  # not every system knows these limits; the parent's clock remains
         give_up_rights()
     for line in sys.stdin:

@@ -83,6 +83,17 @@ class Native:
         """Counts of the store since it was opened; none where all experts are in memory."""
         return {} if self.store is None else {name: float(value) for name, value in asdict(self.store.counters).items()}
 
+    def gauges(self) -> dict[str, float]:
+        """Bytes for experts: the limit and what is held, and their number; none where all are in memory."""
+        if self.store is None:
+            return {}
+        cache = self.store.cache
+        return {
+            "expert_budget_bytes": float(self.budget),
+            "expert_bytes": float(cache.used),
+            "resident_experts": float(len(cache.resident)),
+        }
+
     def close(self) -> None:
         """Give the experts' memory back."""
         if self.store is not None:

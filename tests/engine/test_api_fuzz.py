@@ -14,11 +14,38 @@ from moestro.engine.protocol import chat_completion, completion
 from tests.engine.serving import Running, serving
 
 
-FIELDS = (
-    "model prompt messages max_tokens max_completion_tokens temperature top_p top_k n seed stop stream stream_options "
-    "logprobs top_logprobs logit_bias presence_penalty frequency_penalty min_tokens ignore_eos echo suffix best_of user "
-    "tools tool_choice response_format decoding metadata modalities"
-).split()
+FIELDS = [
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "presence_penalty",
+    "frequency_penalty",
+    "min_tokens",
+    "ignore_eos",
+    "echo",
+    "suffix",
+    "best_of",
+    "user",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "decoding",
+    "metadata",
+    "modalities",
+]
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 1.5, -0.0, 1e308, 10**25, 2**63, -(2**63), "", "x", "\u0000", "stub", "é😀",
     "\ud800", [], [[]], [1, 2], [1, "a"], ["a", "b"], {}, {"a": 1}, {"5": 1}, {"type": "text"}, [{"role": "user"}],
