@@ -7,8 +7,8 @@
 
 Arms take turns within every round and their order rotates; figures are medians over rounds, ratios medians of the ratio
 within a round. Before that both must agree on the logits of a prompt (each rounds the weights in its own way:
-correlation at least 0.99 with 8 bits, 0.95 with 4). Token ids are a fixed random stream, not what random weights would say (loops flatter caches). Both
-sides compute the logits of every decoded token and of the last prompt token.
+correlation at least 0.99 with 8 bits, 0.95 with 4). Token ids are a fixed random stream, not what random weights would
+say (loops flatter caches). Both sides compute the logits of every decoded token and of the last prompt token.
 """
 
 import argparse
@@ -115,6 +115,14 @@ class LlamaCpp:
         logits = np.ctypeslib.as_array(api.llama_get_logits_ith(self.context, n - 1), (self.vocab,)).copy()
         api.llama_batch_free(batch)
         return logits
+
+
+def check_agreement(ours: Ours, peer: LlamaCpp, bits: int) -> None:
+    """Stop unless both compute the same model."""
+    tokens = np.random.default_rng(2).integers(0, 49152, 64).astype(np.int32)
+    found = float(np.corrcoef(ours.feed(tokens, 0), peer.feed(tokens, 0))[0, 1])
+    if not found >= {8: 0.99, 4: 0.95}[bits]:
+        raise SystemExit(f"{bits} bits: logits correlate by {found:.4f}; the two do not compute the same model")
 
 
 def measure(arms: list[Any], rounds: int, tokens: int, clock: Callable[[], float]) -> dict[str, dict[str, list[float]]]:
