@@ -350,7 +350,7 @@ class PooledFFN(Bank):
 
     def unique_bytes(self) -> int:
         """Bytes of the units that at least one expert has, each counted once."""
-        used = int(self.rows_EW.unique().numel())
+        used = int(torch.unique(self.rows_EW).numel())
         matrices = sum(self.pool.weight(0, name).nbytes for name in self.projections)
         up, down = self.pool.up_bias, self.pool.down_proj_bias
         bias = (0 if up is None else up.nbytes // self.inner * used) + (0 if down is None else down.nbytes)

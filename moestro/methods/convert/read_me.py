@@ -64,8 +64,8 @@ class Masks:
     @property
     def permanent(self) -> list[int]:
         """Units of every expert."""
-        unit, count = self.rows_EW.unique(return_counts=True)
-        return unit[count == len(self.rows_EW)].tolist()
+        count_H = torch.bincount(self.rows_EW.flatten())
+        return [int(unit) for unit in (count_H == len(self.rows_EW)).nonzero()]
 
 
 def width_of(keep: float, inner: int) -> int:
@@ -105,11 +105,6 @@ def domain_masks(
     return found
 
 
-def statistics(config: Config) -> tuple[str, ...]:
-    """Mean absolute activations by domain."""
-    return ("domain_activity",)
-
-
 def entry(there: LayerShape, masks: Masks, router: MethodUse) -> LayerExperts:
     """One layer whose experts are copies of their units."""
     count, width = masks.rows_EW.shape
@@ -118,30 +113,6 @@ def entry(there: LayerShape, masks: Masks, router: MethodUse) -> LayerExperts:
         experts=[[ExpertSource(layer=there.layer, rows=rows)] for rows in masks.rows_EW.tolist()],
         router="new",
         module=mixture(there, count, width, router_use(router, 1), {}, 0),
-    )
-
-
-def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
-    """Copied experts for every chosen layer.
-
-    Raises:
-        PlanError: no such layers, activations that were not measured, or a domain with too few tokens.
-    """
-    chosen = choose(inputs.shape, config.layers, dense=True)
-    activity = {there.layer: inputs.statistic("domain_activity", there.layer) for there in chosen}
-    masks = domain_masks(activity, config.keep, config.domains, config.min_tokens)
-    names = sorted(activity[chosen[0].layer]) if config.domains is None else config.domains
-    return ExpertPlan(
-        method="convert.read_me",
-        config=config.model_dump(mode="json"),
-        seed=inputs.seed,
-        model_hash=inputs.subject.fingerprint(),
-        layers=[entry(there, masks[there.layer], config.router) for there in chosen],
-        notes={
-            "keeps": "nothing",
-            "domains": list(names),
-            "permanent": {str(layer): len(mask.permanent) for layer, mask in masks.items()},
-        },
     )
 
 
@@ -201,6 +172,35 @@ def _fill(bank: PooledFFN, tensors: Mapping[str, Tensor], masks: Masks) -> None:
         parameter, index = bank_slot(bank.pool, 0, name)
         parameter[index].copy_(value)
     bank.set_rows(masks.rows_EW)
+
+
+def statistics(config: Config) -> tuple[str, ...]:
+    """Mean absolute activations by domain."""
+    return ("domain_activity",)
+
+
+def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
+    """Copied experts for every chosen layer.
+
+    Raises:
+        PlanError: no such layers, activations that were not measured, or a domain with too few tokens.
+    """
+    chosen = choose(inputs.shape, config.layers, dense=True)
+    activity = {there.layer: inputs.statistic("domain_activity", there.layer) for there in chosen}
+    masks = domain_masks(activity, config.keep, config.domains, config.min_tokens)
+    names = sorted(activity[chosen[0].layer]) if config.domains is None else config.domains
+    return ExpertPlan(
+        method="convert.read_me",
+        config=config.model_dump(mode="json"),
+        seed=inputs.seed,
+        model_hash=inputs.subject.fingerprint(),
+        layers=[entry(there, masks[there.layer], config.router) for there in chosen],
+        notes={
+            "keeps": "nothing",
+            "domains": list(names),
+            "permanent": {str(layer): len(mask.permanent) for layer, mask in masks.items()},
+        },
+    )
 
 
 CARD = MethodCard(

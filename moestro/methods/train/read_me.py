@@ -103,26 +103,7 @@ class PreGatingRouter(Router):
 
     def flops_per_token(self, work: Work) -> float:
         """The gate's, once a model."""
-        return self.gate.module.flops_per_token(work) if self.owner else 0.0  # type: ignore[operator, no-any-return]
-
-
-def build(site: Site, config: Config, shared: Shared) -> nn.Module:
-    """The router of a site around the gate that all sites share.
-
-    Raises:
-        ConfigError: no vocabulary, or a gate of other sizes stands in the model already.
-    """
-    vocabulary = config.vocabulary or getattr(site.model_config, "vocab_size", None)
-    if vocabulary is None:
-        raise ConfigError(f"{site.path}: give vocabulary=..., the model's configuration has no vocab_size")
-    owner = PART not in shared.modules
-    sizes = (int(vocabulary), config.router_dim, config.router_heads, config.num_experts)
-    gate = shared(PART, lambda: PreGate(*sizes))
-    assert isinstance(gate, PreGate)
-    have = (gate.embedding.num_embeddings, gate.dim, gate.heads, gate.head.out_features)
-    if have != sizes:
-        raise ConfigError(f"{site.path}: the model's gate has (V, R, heads, E) = {have}, asked for are {sizes}")
-    return PreGatingRouter(site.path, gate, config.num_experts, owner)
+        return self.gate.module.flops_per_token(work) if self.owner else 0.0  # type: ignore[operator]
 
 
 def gate_of(model: nn.Module) -> PreGate | None:
@@ -216,6 +197,25 @@ def _numbers(model: nn.Module) -> list[int]:
     return [int(next(step for step in site.split(".") if step.isdecimal())) for site in mixture_layers(model)]
 
 
+def build(site: Site, config: Config, shared: Shared) -> nn.Module:
+    """The router of a site around the gate that all sites share.
+
+    Raises:
+        ConfigError: no vocabulary, or a gate of other sizes stands in the model already.
+    """
+    vocabulary = config.vocabulary or getattr(site.model_config, "vocab_size", None)
+    if vocabulary is None:
+        raise ConfigError(f"{site.path}: give vocabulary=..., the model's configuration has no vocab_size")
+    owner = PART not in shared.modules
+    sizes = (int(vocabulary), config.router_dim, config.router_heads, config.num_experts)
+    gate = shared(PART, lambda: PreGate(*sizes))
+    assert isinstance(gate, PreGate)
+    have = (gate.embedding.num_embeddings, gate.dim, gate.heads, gate.head.out_features)
+    if have != sizes:
+        raise ConfigError(f"{site.path}: the model's gate has (V, R, heads, E) = {have}, asked for are {sizes}")
+    return PreGatingRouter(site.path, gate, config.num_experts, owner)
+
+
 def objective(
     model: nn.Module, batch: dict[str, Tensor], teachers: Mapping[str, nn.Module], config: Config
 ) -> dict[str, LossTerm]:
@@ -234,7 +234,9 @@ def objective(
     causal = F.cross_entropy(logits_BSV[live_BS].float(), labels_BS[live_BS], reduction="sum")
     taught = causal.new_zeros(())
     if gate is not None:
-        call = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+        call: dict[str, Any] = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+        }
         tokens = tokens_of_call(call)
         assert tokens is not None
         valid_BS = tokens.valid_T.view(live_BS.shape)

@@ -1,11 +1,14 @@
 """The pre-gating router: causality, padding, decode steps, one choice for all layers, what teaches it, bad input."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +16,7 @@ import moestro
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
+from moestro.data.tokens import byte_tokenizer
 from moestro.methods.convert.read_me import Masks, refactorize
 from moestro.methods.train._parts.pregate import PreGate
 from moestro.methods.train.read_me import (
@@ -27,6 +31,8 @@ from moestro.methods.train.read_me import (
 from moestro.observe.neurons import unit_activity
 from moestro.testing.tiny import tiny_model
 from moestro.training.objectives import Causal, MethodObjective
+from moestro.training.recipe import Recipe
+from moestro.training.run import train
 from tests.surgery.helpers import ids, layers_of, logits
 
 
@@ -265,3 +271,40 @@ def test_targets_leave_padding_out_and_ask_for_index_lists() -> None:
     refactorize(copied, masks(), storage="copied")
     with pytest.raises(ConfigError, match="shared_pool"):
         targets(copied, dense, {"input_ids": one})
+
+
+# -- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_moves_gate_and_experts_in_turn(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    dense = tiny_model("llama", vocab_size=len(tokenizer))
+    for name, cut in (("dense", False), ("mixture", True)):
+        model = tiny_model("llama", vocab_size=len(tokenizer))
+        model.load_state_dict(dense.state_dict())
+        if cut:
+            router = MethodUse(method="train.read_me", config={"router_dim": 16})
+            refactorize(model, masks(), router=router)
+            moestro.save(model, tmp_path / name)
+        else:
+            model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    values = yaml.safe_load((Path(__file__).parents[3] / "recipes" / "read-me.yaml").read_text())
+    (tmp_path / "text.txt").write_text("one and two and three\n" * 60)
+    (tmp_path / "other.txt").write_text("four and five\n" * 20)
+    values["model"]["load"], values["teachers"] = str(tmp_path / "mixture"), {"dense": str(tmp_path / "dense")}
+    values["data"] |= {"source": str(tmp_path / "text.txt"), "sequence_length": 16}
+    values["eval"] |= {"every": 8, "limit": 2, "data": {"source": str(tmp_path / "other.txt")}}
+    for phase in values["phases"][:-1]:
+        phase["steps"] = 2
+    values |= {"steps": 8, "batch_size": 2, "precision": "float32", "monitor": {"every": 1}}
+    values["checkpoint"] = {"every": 2, "keep": 9}
+    train(Recipe.parse(values), tmp_path / "run", silent=True)
+    tensors = [load_file(tmp_path / "mixture" / "model.safetensors")]
+    for step in (2, 4, 6, 8):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08}"
+        tensors.append(load_file(next(folder.rglob("model.safetensors"))))
+    for number, (before, after) in enumerate(pairwise(tensors)):
+        moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+        assert moved
+        assert all(("read_me_gate" if number % 2 == 0 else ".mlp.bank.pool.") in name for name in moved)

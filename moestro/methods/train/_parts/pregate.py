@@ -128,7 +128,8 @@ def logits_of_tokens(gate: PreGate, tokens: Tokens, ctx: RoutingContext, site: s
             cache[VALID] = cache[VALID][:, : tokens.cached]
             for name in (KEYS, VALUES):
                 cache[name] = cache[name][:, :, : tokens.cached]
-    return gate(tokens.ids_T.view(shape), tokens.valid_T.view(shape), cache).flatten(0, 1)
+    logits_BSE: Tensor = gate(tokens.ids_T.view(shape), tokens.valid_T.view(shape), cache)
+    return logits_BSE.flatten(0, 1)
 
 
 def check_heads(dim: int, heads: int) -> None:
