@@ -20,13 +20,17 @@ from moestro.core.inputs import PlanInputs, Subject
 from moestro.core.plan import Plan
 from moestro.core.registry import Method, method
 from moestro.observe.calibrate import Calibration, calibrate
-from moestro.observe.neurons import coactivation
+from moestro.observe.neurons import coactivation, domain_activity
 from moestro.surgery.opened import OpenModel
 
 
 Batches = Iterable[Mapping[str, Any] | Tensor]
 
-MEASURES: Final[dict[str, Callable[..., Any]]] = {"coactivation": coactivation, "experts": calibrate}
+MEASURES: Final[dict[str, Callable[..., Any]]] = {
+    "coactivation": coactivation,
+    "domain_activity": domain_activity,
+    "experts": calibrate,
+}
 """Statistics by the name under which planners ask for them: called with (model, batches, **settings)."""
 
 

@@ -19,7 +19,7 @@ from moestro.core.registry import Method, method
 from moestro.core.router import Router
 from moestro.core.routing import Routing
 from moestro.core.session import session
-from moestro.core.site import Shared, Site
+from moestro.core.site import Borrowed, Shared, Site
 from moestro.testing.contracts import example_config
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
 from moestro.testing.operations import operation_counter
@@ -355,7 +355,10 @@ def costs_are_counted(subject: Method) -> None:
     optimizer = torch.optim.AdamW(stack.parameters())
     _total(seen).backward()  # type: ignore[no-untyped-call]
     if isinstance(built, Router) and built.hard:
-        for parameter in built.parameters():
+        lent = [
+            part.module for module in built.modules() for part in vars(module).values() if isinstance(part, Borrowed)
+        ]
+        for parameter in (p for module in (built, *lent) for p in module.parameters()):
             parameter.grad = torch.zeros_like(parameter)  # what its objective would have given
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
