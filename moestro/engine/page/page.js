@@ -129,7 +129,7 @@ function heat() {
   const width = Math.max(...layers.map(([, shares]) => shares.length));
   canvas.width = width;
   canvas.height = layers.length;
-  canvas.style.aspectRatio = `${width} / ${Math.max(layers.length, Math.ceil(width / 4))}`;
+  canvas.style.height = `${Math.min(12 * layers.length, 480)}px`;
   const paint = canvas.getContext("2d");
   layers.forEach(([, shares], row) => {
     const top = Math.max(...shares, 1e-9);
