@@ -1,5 +1,6 @@
 """`moestro serve`: a model over HTTP, as clients of OpenAI's interface expect it, with a web page at /."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ def register(app: typer.Typer) -> None:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{api_key_file}: {error}") from None
         check_bind(host, key)
+        if importlib.util.find_spec("uvicorn") is None:
+            raise ConfigError("serving needs the package uvicorn; run pip install 'moestro[serve]'")
         limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
         opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy)
         _listen(Engine(opened, limits, share=prefix_cache), key, host, port)

@@ -1,6 +1,7 @@
 """Who gets in: keys, names, origins, addresses, odd paths, rubbish."""
 
 import base64
+import contextlib
 import itertools
 import json
 import random
@@ -144,10 +145,8 @@ def test_bodies_are_limited_before_they_are_read(opened: Running) -> None:
     assert status(raw(opened.port, head + b"content-length: -5\r\n\r\n")) == 400
     assert time.monotonic() - began < 2
     chunked = head + b"transfer-encoding: chunked\r\n\r\n" + (b"100000\r\n" + b"x" * 0x100000 + b"\r\n") * 5
-    try:
+    with contextlib.suppress(ConnectionError):  # closed while we were still sending: as good
         assert status(raw(opened.port, chunked)) in (413, 0)
-    except ConnectionError:
-        pass  # closed while we were still sending: as good
     assert ask(opened.port, "POST", "/v1/completions", kind, b"content-encoding: gzip", body=b"{}") == 415
 
 
