@@ -74,6 +74,9 @@ def storm(count: int) -> None:
                     asyncio.ensure_future(client.post("/v1/completions", json={**BODY, "prompt": "steady"}))
                     for _ in range(4)
                 ]
+                begun = running.engine.scheduler.running  # before a crowd at the door turns anybody away
+                while len(begun) < 4 and not any(task.done() for task in steady):
+                    await asyncio.sleep(0.005)
                 waves = range(0, count, 100)
                 for start in waves:
                     await asyncio.gather(*(vanish(running.port, draw, start + n) for n in range(100)))
