@@ -10,10 +10,12 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import moestro
+from moestro.core.cost import Work, cost
 from moestro.core.errors import ConfigError, ContextError
+from moestro.core.layer import mixture_layers
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
 from moestro.data.tokens import byte_tokenizer
@@ -184,6 +186,41 @@ def test_decode_steps_choose_as_the_whole_sequence() -> None:
     whole = ids_chosen(model, input_ids=done[:, :-1])[0].view(2, -1)
     for steps in seen.found.values():
         assert torch.equal(torch.cat([step.view(2, -1) for step in steps], 1), whole)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_padded_prompt_in_a_batch_goes_on_as_alone(beams: int) -> None:
+    model, one, other = mixture(), ids(1, 4) + 1, ids(1, 7) + 2
+    call = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.cat([F.pad(torch.ones_like(one), (3, 0)), torch.ones_like(other)])
+    alone = model.generate(one, attention_mask=torch.ones_like(one), **call)
+    together = model.generate(torch.cat([F.pad(one, (3, 0)), other]), attention_mask=mask, **call)
+    assert torch.equal(together[0, 7:], alone[0, 4:])
+    assert torch.equal(together[1:], model.generate(other, attention_mask=torch.ones_like(other), **call))
+    assert torch.equal(alone, model.generate(one, attention_mask=torch.ones_like(one), use_cache=False, **call))
+
+
+def test_a_cache_that_was_cropped_forgets_what_the_router_saw() -> None:
+    model, ids_BS, seen = mixture(), ids(2, 9), Seen()
+    wrong_BS = torch.cat([ids_BS[:, :5], (ids_BS[:, 5:8] + 1) % 97], 1)
+    with torch.no_grad():
+        cache = DynamicCache(config=model.config)
+        model(input_ids=wrong_BS, past_key_values=cache)
+        cache.crop(-3)
+        with moestro.session(recorder=seen):
+            found = model(input_ids=ids_BS[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(input_ids=ids_BS).logits[:, 5:], atol=1e-5, rtol=1e-5)
+    whole = ids_chosen(model, input_ids=ids_BS)[0].view(2, -1)[:, 5:]
+    assert all(torch.equal(one.view(2, -1), whole) for (one,) in seen.found.values())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_gate_costs_once_however_many_layers_borrow_it(layers: int) -> None:
+    model, work = mixture(num_hidden_layers=layers), Work(9)
+    said = [layer.router.flops_per_token(work) for layer in mixture_layers(model).values()]
+    assert said == [gate_of(model).flops_per_token(work)] + [0.0] * (layers - 1)
+    rest = cost(model, work) - said[0]
+    assert rest == layers * (cost(model.model.layers[0], work) - said[0]) + cost(model.lm_head, work)
 
 
 def test_checkpointed_backward_is_plain_backward() -> None:
