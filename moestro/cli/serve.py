@@ -1,5 +1,6 @@
 """`moestro serve`: a model over HTTP, as clients of OpenAI's interface expect it, with a web page at /."""
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
         queue: int = typer.Option(64, "--queue", min=1, help="Requests that may wait."),
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
         chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
+        policy: str = typer.Option("serve.lru", "--policy", help="Which expert of a packed model leaves memory."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
     ) -> None:
         """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a web page at /.
@@ -34,6 +36,7 @@ def register(app: typer.Typer) -> None:
         Ends on SIGTERM or Ctrl-C: what runs is finished, for 8 seconds at most.
         """
         from moestro.core.errors import ConfigError
+        from moestro.core.registry import infos
         from moestro.engine.access import check_bind, read_key
         from moestro.engine.open import open_forward
         from moestro.engine.requests import Limits
@@ -47,8 +50,13 @@ def register(app: typer.Typer) -> None:
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{api_key_file}: {error}") from None
         check_bind(host, key)
+        if importlib.util.find_spec("uvicorn") is None:
+            raise ConfigError("serving needs the package uvicorn; run pip install 'moestro[serve]'")
+        if policy not in infos() or infos()[policy].acts != "CachePolicy":
+            known = ", ".join(name for name, info in infos().items() if info.acts == "CachePolicy")
+            raise ConfigError(f"--policy {policy} is none of {known}")
         limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
-        opened = open_forward(model, parse_size(memory, "--memory"), context=context)
+        opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy)
         _listen(Engine(opened, limits, share=prefix_cache), key, host, port)
 
 

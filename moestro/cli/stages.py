@@ -117,6 +117,12 @@ def command_of(method_id: str) -> Any:
         parameters.append(_parameter("plan_file", Path | None, typer.Option("--plan", help=text), None))
         text = "Open the model before and after and compare answers; left out: where there is memory enough."
         parameters.append(_parameter("compare", bool | None, typer.Option("--compare/--no-compare", help=text), None))
+    if not hasattr(subject.module, "plan"):
+        text = "Print the report as JSON."
+        parameters.append(_parameter("as_json", bool, typer.Option("--json", help=text), False))
+    if hasattr(subject.module, "curves"):
+        text = "Draw the report into this file (.svg or .png)."
+        parameters.append(_parameter("figure", Path | None, typer.Option("--figure", help=text), None))
     replace = typer.Option("--overwrite", help="Replace what was written there before.")
     parameters.append(_parameter("overwrite", bool, replace, False))
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -256,3 +256,102 @@ class HeterogeneousBank(Bank):
         """See Bank."""
         part, place = self._locate(expert)
         return part.flops_per_row(place)
+
+
+class PooledFFN(Bank):
+    """Experts as lists of inner units of ONE feed-forward, which is held once: units may belong to several experts.
+
+    Expert e computes ``down[:, R_e] act(gate[R_e] x, up[R_e] x)`` (+ the whole bias of down) with R_e = ``rows_EW[e]``.
+    What two experts share is one weight: it takes the gradients of both and stays the same in both.
+
+    Args:
+        dim: D. inner: H, units of the pool. width: W, units of each expert. The other arguments are StackedFFN's.
+
+    Attributes:
+        pool: a StackedFFN of one expert. rows_EW: int64 [E, W], a saved buffer; until it is set, runs of neighbours
+            spread over the pool.
+    """
+
+    rows_EW: Tensor
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        inner: int,
+        width: int,
+        *,
+        activation: ops.Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        out: int | None = None,
+    ) -> None:
+        super().__init__(num_experts)
+        if not 1 <= width <= inner:
+            raise ConfigError(f"experts of {width} units from a pool of {inner}; give 1 to {inner}")
+        self.pool = StackedFFN(1, dim, inner, activation=activation, gated=gated, bias=bias, out=out)
+        self.inner, self.width = inner, width
+        self.projections = self.pool.projections
+        first_E = torch.arange(num_experts) * inner // num_experts
+        self.register_buffer("rows_EW", (first_E[:, None] + torch.arange(width)) % inner)
+
+    def set_rows(self, rows_EW: Tensor) -> None:
+        """Say which units each expert has.
+
+        Raises:
+            ConfigError: another shape, a unit that the pool does not have, or one twice in an expert.
+        """
+        if rows_EW.shape != self.rows_EW.shape:
+            raise ConfigError(f"units of shape {list(rows_EW.shape)}, this bank takes {list(self.rows_EW.shape)}")
+        ordered_EW = rows_EW.sort(1).values
+        if int(ordered_EW.min()) < 0 or int(ordered_EW.max()) >= self.inner:
+            raise ConfigError(f"units {int(ordered_EW.min())} to {int(ordered_EW.max())}, the pool has {self.inner}")
+        if bool((ordered_EW[:, 1:] == ordered_EW[:, :-1]).any()):
+            raise ConfigError("an expert lists a unit twice; each unit counts once")
+        self.rows_EW.copy_(rows_EW)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """See Bank."""
+        whole = self.pool.weights()
+        total_TO = x_TD.new_zeros(len(x_TD), self.pool.out)
+        for expert in range(self.num_experts):
+            mine_N = routing.expert_N == expert
+            token_M = routing.token_N[mine_N]
+            if not len(token_M):
+                continue
+            row_W = self.rows_EW[expert]
+            both_J = torch.cat([row_W, row_W + self.inner]) if whole.gated else row_W
+            up_bias = None if whole.up_bias_EJ is None else whole.up_bias_EJ[0, both_J]
+            down_bias = None if whole.down_bias_EO is None else whole.down_bias_EO[0]
+            hidden_MJ = nn.functional.linear(x_TD[token_M], whole.up_EJD[0, both_J], up_bias)
+            inner_MW = ops.apply_activation(hidden_MJ, self.pool.activation, whole.gated)
+            y_MO = nn.functional.linear(inner_MW, whole.down_EOI[0][:, row_W], down_bias)
+            weighted_MO = y_MO * routing.weight_N[mine_N, None].to(y_MO.dtype)
+            total_TO = total_TO.to(y_MO.dtype).index_add(0, token_M, weighted_MO)
+        return total_TO
+
+    def weight(self, expert: int, projection: str) -> Tensor:
+        """See Bank; a copy."""
+        self.check(projection, expert)
+        whole, row_W = self.pool.weight(0, projection), self.rows_EW[expert]
+        return whole[:, row_W] if projection == "down" else whole[row_W]
+
+    def flops_per_row(self, expert: int) -> int:
+        """See Bank."""
+        return self.pool.flops_per_row(0) // self.inner * self.width
+
+    def nbytes(self, expert: int) -> int:
+        """See Bank; what experts share counts in each of them, see ``unique_bytes``."""
+        biases = [b for b in (self.pool.up_bias, self.pool.down_proj_bias) if b is not None]
+        bias_bytes = 0
+        if len(biases) == 2:
+            bias_bytes = biases[0].nbytes // self.inner * self.width + biases[1].nbytes
+        return super().nbytes(expert) + bias_bytes
+
+    def unique_bytes(self) -> int:
+        """Bytes of the units that at least one expert has, each counted once."""
+        used = int(torch.unique(self.rows_EW).numel())
+        matrices = sum(self.pool.weight(0, name).nbytes for name in self.projections)
+        up, down = self.pool.up_bias, self.pool.down_proj_bias
+        bias = (0 if up is None else up.nbytes // self.inner * used) + (0 if down is None else down.nbytes)
+        return matrices // self.inner * used + bias

@@ -22,7 +22,7 @@ class Route:
 
     Attributes:
         kind: ``rank``: only the expert that comes k-th (1-based) in what the router ranks; ``topk``: the k best;
-            ``random``: one expert, drawn by a hash of the row's own ranking; ``threshold``: best first until their
+            ``random``: one expert, drawn by a hash of the row's own scores; ``threshold``: best first until their
             probabilities sum to ``threshold``.
         k: of rank and topk. threshold: in (0, 1].
         weight: ``model``: the chosen weigh what the model's own rule makes of them (renormalised where it does);
@@ -106,8 +106,8 @@ class Plain:
 
     def combine(self, logits: Floats) -> Floats:
         """The only row."""
-        row: Floats = logits[0]
-        return row
+        only: Floats = logits[0]
+        return only
 
 
 PLAIN: Decoder = Plain()

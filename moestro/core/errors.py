@@ -10,6 +10,7 @@ MoestroError                 one clear line; the command line prints it and exit
 ├── LedgerError              an expert was not touched, or touched twice
 ├── PlanError                a plan does not fit the model it is applied to
 ├── TraceError               a routing trace is damaged or does not fit
+├── StoreError               experts could not be read while serving; the request fails, the server goes on
 ├── ContextError             a router or an edit used the forward context against its rules
 └── TrainError               a training run cannot go on
     └── NonFiniteError       a NaN or an infinity appeared; the message names the tensor
@@ -56,6 +57,10 @@ class PlanError(MoestroError):
 
 class TraceError(MoestroError):
     """A routing trace is damaged or does not fit the model."""
+
+
+class StoreError(MoestroError):
+    """Experts could not be read while serving. The request fails; the store can be asked again."""
 
 
 class ContextError(MoestroError):

@@ -11,6 +11,8 @@ from moestro.core.plan import MethodUse
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moestro.core.site import Site, SiteKind
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
@@ -64,11 +66,14 @@ class ModelShape:
 
     Attributes:
         name: for messages. layers: index of the block -> its site. num_layers: blocks, whether or not they have one.
+        foreign: index of the block -> what stands at its site, where that is neither dense nor a mixture of equal
+            float experts.
     """
 
     name: str
     layers: Mapping[int, LayerShape]
     num_layers: int
+    foreign: Mapping[int, str] = field(default_factory=dict)
 
     def layer(self, index: int) -> LayerShape:
         """The site of block ``index``.
@@ -76,6 +81,10 @@ class ModelShape:
         Raises:
             PlanError: no such block, or one without a feed-forward site.
         """
+        if index in self.foreign:
+            raise PlanError(
+                f"{self.name} layer {index} holds a {self.foreign[index]}, no feed-forward or equal experts"
+            )
         if index not in self.layers:
             raise PlanError(
                 f"{self.name} has no feed-forward site in layer {index}; it has them in layers {spell(self.layers)}"
@@ -96,6 +105,9 @@ class Subject(Protocol):
 
     def router_row(self, layer: int, expert: int, name: str) -> "Tensor":
         """The row of an expert in a tensor of its layer's router, such as ``weight``."""
+
+    def site(self, layer: int, kind: "SiteKind") -> "Site":
+        """What stands at a site of another kind in a block; its tensors may be without storage."""
 
 
 @dataclass(frozen=True, kw_only=True)

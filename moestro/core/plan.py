@@ -146,17 +146,56 @@ class LayerExperts(Config):
         return self
 
 
+class TensorSource(Config):
+    """One ingredient of a tensor: what a site of the same kind holds in some model.
+
+    Attributes:
+        donor: name of the model it comes from; ``self`` is the model the plan is applied to.
+        layer: index of the block in the donor, counted as in ExpertSource.
+        name: of the tensor, under its site: ``q_proj.weight``.
+        weight: factor in a weighted sum of several sources.
+    """
+
+    donor: str = "self"
+    layer: int = Field(ge=0)
+    name: str
+    weight: float = 1.0
+
+
+class SiteParts(Config):
+    """A module for a site that is no feed-forward, and what its tensors are put together from.
+
+    Attributes:
+        layer: index of the block, counted as in ExpertSource. kind: of the site. module: the method that stands there.
+        tensors: name of a tensor of that module, [N, ...] -> for each of its N rows the sources, which are summed. What
+            is not named here stays as the module is built.
+    """
+
+    layer: int = Field(ge=0)
+    kind: Literal["attention"] = "attention"
+    module: MethodUse
+    tensors: dict[str, list[list[TensorSource]]]
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        for name, rows in self.tensors.items():
+            if not rows or any(not sources for sources in rows):
+                raise ConfigError(f"layer {self.layer} {self.kind}: {name} needs rows and every row a source")
+        return self
+
+
 class ExpertPlan(Plan):
     """Layers made of sources: prune, merge, split, upcycle, aggregate, assemble, permute and segment are all this.
 
     Attributes:
-        layers: the layers that change.
+        layers: the feed-forward layers that change. sites: other sites that change.
         rest: what happens to all other tensors when there are donors. ``keep``: they stay. ``mean``: the mean over the
             model and its donors. Any other word: the donor of that name gives them.
     """
 
     kind: ClassVar[str] = "experts"
     layers: list[LayerExperts]
+    sites: list[SiteParts] = Field(default_factory=list)
     rest: str = "keep"
 
     @model_validator(mode="after")
@@ -164,6 +203,9 @@ class ExpertPlan(Plan):
         seen = [entry.layer for entry in self.layers]
         if len(set(seen)) != len(seen):
             raise ConfigError("a layer is planned twice; each block index may stand once in `layers`")
+        places = [(entry.kind, entry.layer) for entry in self.sites]
+        if len(set(places)) != len(places):
+            raise ConfigError("a site is planned twice; each block index may stand once a kind in `sites`")
         return self
 
 

@@ -28,11 +28,16 @@ GROUP = "moestro.methods"
 
 @dataclass(frozen=True, slots=True)
 class MethodInfo:
-    """What a listing knows of a method without importing it."""
+    """What a listing knows of a method without importing it.
+
+    Attributes:
+        acts: what the entry ``policy`` says it returns, such as ``CachePolicy`` or ``Decoder``; "" without one.
+    """
 
     id: str
     card: MethodCard
     entries: tuple[str, ...]
+    acts: str = ""
 
     @property
     def stage(self) -> str:
@@ -158,8 +163,15 @@ def _read(method_id: str, path: Path) -> MethodInfo:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "CARD" for t in node.targets):
             card = _literal(method_id, node.value)
             if isinstance(card, MethodCard) and entries:
-                return MethodInfo(method_id, card, entries)
+                return MethodInfo(method_id, card, entries, _acts(tree))
     raise RegistryError(f"{method_id}: {path.name} needs `CARD = MethodCard(...)` and an entry of {', '.join(ENTRIES)}")
+
+
+def _acts(tree: ast.Module) -> str:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "policy" and node.returns is not None:
+            return ast.unparse(node.returns)
+    return ""
 
 
 def _literal(method_id: str, node: ast.expr) -> Any:

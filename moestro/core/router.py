@@ -21,12 +21,15 @@ class Router(nn.Module, ABC):
     Attributes:
         num_experts: E. num_null: null experts after them. top_k: K, or None when the count varies by token.
         causal: False when a choice reads later tokens or the whole batch; known before anything runs.
+        hard: True when the weights carry no gradient, so that no loss of the model's output reaches the router's
+            parameters; the method then has an objective of its own that trains them.
         choice_rows: names of the tensors whose first axis runs over the C choices. Whoever removes, copies or reorders
             experts moves their rows along; ``part.name`` is a tensor of a part. choice_ids: names of the tensors that
             hold choice ids.
     """
 
     causal: bool = True
+    hard: ClassVar[bool] = False
     choice_rows: ClassVar[tuple[str, ...]] = ()
     choice_ids: ClassVar[tuple[str, ...]] = ()
 

@@ -84,6 +84,15 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_room(target: str | Path, nbytes: int) -> None:
+    """Raise SaveError where a folder of so many bytes does not fit on the disk that ``target`` would be on."""
+    target = Path(target)
+    there = next(parent for parent in (target.absolute(), *target.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if nbytes > free:
+        raise SaveError(f"{target}: the model takes {nbytes:,} bytes, {free:,} are free; name a place on a larger disk")
+
+
 def verify_folder(path: str | Path, *, deep: bool = False) -> dict[str, FileEntry]:
     """Check that a folder is complete: its manifest is there and every file in it has its size (`deep`: and
     its sha256).

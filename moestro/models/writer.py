@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moestro.models.atomic import check_room
 from moestro.models.headers import INDEX_NAME, SINGLE_NAME
 from moestro.models.source import DTYPE_CODES, TensorSource
 
@@ -23,7 +24,11 @@ def write_source(source: TensorSource, folder: Path, *, shard_bytes: int = SHARD
 
     Tensors are fetched by `workers` threads ahead of the writer, so at most `2 * workers` are in memory.
     Meant for the inside of `atomic_folder`, which turns a full disk into one clear line.
+
+    Raises:
+        SaveError: the disk has less room than all tensors take; nothing was fetched.
     """
+    check_room(folder.parent, sum(map(source.nbytes, source.keys())))
     shards: list[list[str]] = [[]]
     filled = 0
     for key in source.keys():  # noqa: SIM118 - a source is not a dict

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moestro.core.errors import DataError, MoestroError, PlanError
+from moestro.core.errors import DataError, MoestroError
 from moestro.core.layer import mixture_layers
 from moestro.models.sites import sites_by_layer
 from moestro.observe.coverage import Coverage, coverage
@@ -216,15 +216,11 @@ def _hash(calls: list[dict[str, Any]]) -> str:
 
 
 def _refuse_starved(found: Calibration) -> None:
-    rows = [row for row in found.coverage() if 2 * len(row.starved) >= row.num_experts and row.starved]
+    rows = [row for row in found.coverage() if row.poor]
     if not rows:
         return
     worst = max(rows, key=lambda row: len(row.starved) / row.num_experts)
     more = "" if len(rows) == 1 else f" ({len(rows)} of {len(found)} layers are like that)"
     wider = "policy=all" if found.policy == "raised" else "policy=raised with raise_to, or policy=all"
     wider = "" if found.policy == "all" else f", count with {wider}"
-    raise PlanError(
-        f"calibration on {found.stats.num_tokens} tokens (policy {found.policy}) gives {len(worst.starved)} of "
-        f"{worst.num_experts} experts of {worst.layer} fewer than {found.least} tokens{more}; give more data{wider}, "
-        "or set allow_starved=true"
-    )
+    raise worst.refusal(found.stats.num_tokens, f"policy {found.policy}", more, wider)

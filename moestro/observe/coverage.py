@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moestro.core.errors import PlanError
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -27,6 +29,22 @@ class Coverage:
         named = ", ".join(map(str, self.starved[:12])) + (", ..." if len(self.starved) > 12 else "")
         tail = f"; {len(self.starved)} below {self.least}: {named}" if self.starved else ""
         return f"{self.layer}: {self.smallest} to {self.largest} tokens an expert, median {self.median:g}{tail}"
+
+    @property
+    def poor(self) -> bool:
+        """Whether half of the experts or more are starved: too little to rest a decision on."""
+        return bool(self.starved) and 2 * len(self.starved) >= self.num_experts
+
+    def refusal(self, tokens: int, how: str, more: str = "", wider: str = "") -> PlanError:
+        """What to raise for a poor layer.
+
+        Args:
+            tokens: of the data. how: they were counted. more: on other layers. wider: a way to count more of them.
+        """
+        return PlanError(
+            f"calibration on {tokens} tokens ({how}) gives {len(self.starved)} of {self.num_experts} experts of "
+            f"{self.layer} fewer than {self.least} tokens{more}; give more data{wider}, or set allow_starved=true"
+        )
 
 
 def coverage(counts: Mapping[str, Tensor] | Mapping[int, Tensor], least: int = 1) -> list[Coverage]:

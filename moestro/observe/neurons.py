@@ -1,4 +1,4 @@
-"""What the inner units of dense feed-forwards do on data: which of them are active together."""
+"""What the inner units of dense feed-forwards do on data: which are active together, and on which kind of text."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -46,6 +46,68 @@ def coactivation(
     return found
 
 
+ALL = "all"
+"""The domain of batches that name none."""
+
+
+def domain_activity(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Tensor], layers: Iterable[int] | None = None
+) -> dict[int, dict[str, tuple[Tensor, int]]]:
+    """For each dense feed-forward and domain the mean of |a_t| over its tokens, float32 [I], and how many they were.
+
+    Args:
+        batches: as for ``coactivation``; a mapping may have the key ``domain``, a word, which the model does not see.
+
+    Raises:
+        ConfigError: a layer that is not dense. DataError: no batches.
+    """
+    found: dict[int, dict[str, tuple[Tensor, int]]] = {}
+    ran = False
+    for batch in batches:
+        call = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+        domain = str(call.pop("domain", ALL))
+        for layer, rows_TI in unit_activity(model, call, layers).items():
+            total_I, count = found.setdefault(layer, {}).get(domain, (torch.zeros(rows_TI.shape[1]), 0))
+            found[layer][domain] = (total_I + rows_TI.sum(0).cpu(), count + len(rows_TI))
+        ran = True
+    if not ran:
+        raise DataError("no calibration batches; the activity of domains needs at least one")
+    return {
+        layer: {name: (total_I / max(count, 1), count) for name, (total_I, count) in domains.items()}
+        for layer, domains in found.items()
+    }
+
+
+def unit_activity(model: nn.Module, call: Mapping[str, Any], layers: Iterable[int] | None = None) -> dict[int, Tensor]:
+    """|a_t| of each dense feed-forward for the tokens of one forward without padding, row by row: float32 [T, I]."""
+    found: dict[int, Tensor] = {}
+    training = model.training
+    model.eval()
+
+    def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found[layer] = _rows(args).float().abs()
+
+        return take
+
+    try:
+        with ExitStack() as hooks, torch.no_grad(), session(collect=False):
+            hooks.enter_context(_contexts(model))
+            for layer, down in _downs(model, layers).items():
+                hooks.callback(down.register_forward_pre_hook(keep(layer)).remove)
+            model(**call)
+    finally:
+        model.train(training)
+    return found
+
+
+def _rows(args: tuple[Any, ...]) -> Tensor:
+    """What a down projection is given, [T, I], without padding."""
+    rows_TI: Tensor = args[0].detach().reshape(-1, args[0].shape[-1])
+    ctx = current_context()
+    return rows_TI if ctx is None or ctx.tokens is None else rows_TI[ctx.tokens.valid_T]
+
+
 def _downs(model: nn.Module, layers: Iterable[int] | None) -> dict[int, nn.Module]:
     """The down projections of the dense feed-forwards, by layer."""
     owners = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Linear)}
@@ -67,11 +129,7 @@ def _adder(found: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[A
     """A hook that adds the rows a down projection is given."""
 
     def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows_TI = args[0].detach().reshape(-1, args[0].shape[-1])
-        ctx = current_context()
-        if ctx is not None and ctx.tokens is not None:
-            rows_TI = rows_TI[ctx.tokens.valid_T]
-        rows_TI = rows_TI.float().abs()
+        rows_TI = _rows(args).float().abs()
         gram_II = rows_TI.T @ rows_TI
         found[layer] = gram_II if layer not in found else found[layer].add_(gram_II)
 

@@ -16,7 +16,7 @@ from moestro.core.config import Config
 from moestro.core.context import open_stack
 from moestro.core.session import session
 from moestro.data.dataset import DataConfig, Dataset, build_dataset, load_tokenizer
-from moestro.training.objectives import Batch, Causal
+from moestro.training.objectives import Batch, Causal, Objective
 from moestro.training.optimizer import make_optimizer, set_lr
 from moestro.training.recipe import OptimizerConfig
 from moestro.training.schedule import ScheduleConfig
@@ -123,22 +123,31 @@ def train(
     losses: Mapping[str, float] | None = None,
     weight_decay: float = 0.1,
     warmup: int | None = None,
+    objective: Objective | None = None,
+    teachers: Mapping[str, nn.Module] | None = None,
+    values: Callable[[int], Mapping[str, float]] | None = None,
+    after: Callable[[int], None] | None = None,
 ) -> None:
     """Train in place with AdamW and a cosine schedule.
 
     Args:
         steps: instead of the scale's. first: place in the data to start at, in steps. losses: weight of each router
             loss. warmup: steps until the peak, a tenth of the run when None.
+        objective: another than the causal one, whose losses weigh 1 too. teachers: its frozen models.
+        values: of a step, from 0, for methods that read them. after: called with the number of steps done.
     """
     total = scale.steps if steps is None else steps
     optimizer = make_optimizer(model, OptimizerConfig(lr=scale.lr, weight_decay=weight_decay))
-    stepper = Stepper(model, Causal(), optimizer)
+    stepper = Stepper(model, objective or Causal(), optimizer, dict(teachers or {}))
     schedule = ScheduleConfig(kind="cosine", warmup=max(1, total // 10) if warmup is None else warmup)
     batch = batches(data, scale, seed)
-    model.train()
     for step in range(total):
+        model.train()
         set_lr(optimizer, schedule.factor(step, total))
-        stepper.run(step, [batch(first + step)], weights={"causal": 1.0, **(losses or {})})
+        told = {} if values is None else values(step)
+        stepper.run(step, [batch(first + step)], weights={"causal": 1.0, **(losses or {})}, values=told)
+        if after is not None:
+            after(step + 1)
 
 
 def heldout(model: nn.Module, data: Dataset, scale: Scale) -> float:

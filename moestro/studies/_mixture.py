@@ -5,7 +5,7 @@ Float32, trained inside the job and once a process for each seed; deterministic 
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -97,9 +97,17 @@ def fresh(size: Mixture, seed: int) -> nn.Module:
 
 
 def tune(
-    model: nn.Module, data: Dataset, size: Mixture, seed: int, steps: int, *, lr: float = 1.0, first: int = 0
+    model: nn.Module,
+    data: Dataset,
+    size: Mixture,
+    seed: int,
+    steps: int,
+    *,
+    lr: float = 1.0,
+    first: int = 0,
+    after: Callable[[int], None] | None = None,
 ) -> None:
-    """Train in place, ``lr`` times the size's peak, from the data's step ``first`` on."""
+    """Train in place, ``lr`` times the size's peak, from the data's step ``first`` on; ``after`` as in ``train``."""
     (name,) = {name for layer in mixture_layers(model).values() for name in layer.losses}
     train(
         model,
@@ -109,6 +117,7 @@ def tune(
         steps=steps,
         first=first,
         losses={name: size.aux},
+        after=after,
     )
 
 

@@ -1,10 +1,11 @@
 """Run a study seed by seed, keep what is finished, and write the record.
 
 A job is one arm with one seed. A finished job is a small JSON file under `runs/studies/<key>/<budget>/`; running again
-skips it unless the study or a method it names has changed since. The record `results/<key>.json` is put together from
-the jobs alone, so seeds may run on different days or machines.
+skips it unless the study, a bench it imports or a method it names has changed since. The record `results/<key>.json` is
+put together from the jobs alone, so seeds may run on different days or machines.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -133,13 +134,46 @@ def compile_record(study: Study, budget: Budget, *, work: Path) -> dict[str, Any
 
 
 def fingerprint(study: Study) -> str:
-    """Changes when the study's own source or the source of a method it names does."""
-    sources = [inspect.getsource(inspect.getmodule(study.run) or study.run)]
+    """Changes when the source of the study, of a bench it imports, or of a method it names does."""
+    source = inspect.getsource(inspect.getmodule(study.run) or study.run)
     root = Path(__file__).resolve().parents[1]
+    sources = [source, *_benches(source, root / "studies")]
     for method in study.methods:
         path = root.joinpath("methods", *method.split(".")).with_suffix(".py")
         sources.append(path.read_text() if path.exists() else method)
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()[:16]
+
+
+def _benches(source: str, folder: Path) -> list[str]:
+    """Sources of the modules of `moestro.studies` that a source imports, and of those that they import, by name.
+
+    The framework is left out: it judges what was measured, and finished jobs may be judged anew.
+    """
+    found: dict[str, str] = {}
+    todo = _imported(source)
+    while todo:
+        name = todo.pop()
+        path = folder / f"{name}.py"
+        if name in found or name == "_framework" or not path.exists():
+            continue
+        found[name] = path.read_text()
+        todo |= _imported(found[name])
+    return [found[name] for name in sorted(found)]
+
+
+def _imported(source: str) -> set[str]:
+    """Names of modules of `moestro.studies` that a source imports, inside functions too."""
+    package = "moestro.studies"
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {module.split(".")[2] for module in modules if module.startswith(f"{package}.")}
+    return found
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

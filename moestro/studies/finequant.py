@@ -4,7 +4,9 @@ A float mixture is trained inside the job. Its experts are packed to the nearest
 and once after a change that leaves the function alone: in every expert some inner units are made c times larger and
 their columns of the down projection c times smaller, and as many the other way round. Those columns are then outliers
 among the inputs of ``down``, so the scale of a whole row is set by them. Only where scales stand can tell the arms
-apart. ``column_more`` spends on whole rows what adaptive groups spend on scales: some matrices in 8 bits.
+apart. ``column_more`` spends on whole rows what adaptive groups spend on scales: some matrices in 8 bits. ``hqq`` is an
+upper reference, half-quadratic quantisation by the package of that name: scales and zero points that are fitted, in
+groups twice as long as the finest, which take the same bytes.
 """
 
 import copy
@@ -26,6 +28,7 @@ from moestro.studies._framework import Arm, Beats, Budget, Claim, Matches, NotWo
 from moestro.studies._mixture import Mixture, corpus_of, rows_of, size_of, trained
 from moestro.studies._rows import row_losses
 from moestro.surgery.opened import OpenModel
+from moestro.testing.peers import half_quadratic
 
 
 FACTOR, UNITS = 50.0, 4  # of the change; units made larger, and as many made smaller
@@ -104,6 +107,19 @@ def column_more(model: nn.Module, budget: Budget, seed: int) -> BitPlan:
     return plan.model_copy(update={"bits": bits, "formats": formats})
 
 
+@torch.no_grad()
+def fitted(model: nn.Module, budget: Budget) -> int:
+    """Give every matrix, in place, the values that hqq's codes stand for. Returns the bytes they take."""
+    total = 0
+    for layer in mixture_layers(model).values():
+        for expert in range(layer.bank.num_experts):
+            for name in layer.bank.projections:
+                values, taken = half_quadratic(layer.bank.weight(expert, name), 4, 2 * sizes(budget)[-1])
+                layer.bank.weight(expert, name).copy_(values)
+                total += taken
+    return total
+
+
 def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
     """Pack a copy of the trained mixture one way and measure its perplexity."""
     size = scale(budget)
@@ -117,8 +133,13 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
                 gap = source(**rows[0]).logits - _float(size, seed, False)(**rows[0]).logits
             found["moved"] = float(gap.abs().max())
         return {"ppl": math.exp(row_losses(source, rows).mean()), **found}
-    plan = column_more(source, budget, seed) if way == "column_more" else plan_of(way, source, budget)
     packed = copy.deepcopy(source)
+    if way == "hqq":
+        taken = fitted(packed, budget)
+        weights = sum(part.numel() for layer in mixture_layers(packed).values() for part in layer.bank.parameters())
+        ppl = math.exp(row_losses(packed, rows).mean())
+        return {"ppl": ppl, "bytes": float(taken), "bits_per_weight": 8 * taken / weights}
+    plan = column_more(source, budget, seed) if way == "column_more" else plan_of(way, source, budget)
     receipt = surgery.apply(packed, plan)
     return {
         "ppl": math.exp(row_losses(packed, rows).mean()),
@@ -130,7 +151,8 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
 TELLS = (
     "as it is and with outliers: float {float} and {float_outliers}, whole rows {column} and {column_outliers}, whole "
     "rows with matrices of 8 bits at equal bytes {column_more} and {column_more_outliers}, finest groups {fixed} and "
-    "{fixed_outliers}, adaptive {adaptive} and {adaptive_outliers}; bits a weight of adaptive "
+    "{fixed_outliers}, hqq in as many bytes as these {hqq} and {hqq_outliers}, adaptive {adaptive} and "
+    "{adaptive_outliers}; bits a weight of adaptive "
     "{adaptive.bits_per_weight} and {adaptive_outliers.bits_per_weight}, of finest groups {fixed.bits_per_weight}."
 )
 
@@ -216,11 +238,13 @@ STUDY = Study(
         Arm(name="column_more", text="the same, some matrices in 8 bits: bytes of adaptive", role="control"),
         Arm(name="fixed", text="4 bits, groups of 32 everywhere", role="control"),
         Arm(name="adaptive", text="4 bits, a group for each matrix"),
+        Arm(name="hqq", text="4 bits by hqq, groups of 64: bytes of the finest groups", role="reference"),
         Arm(name="float_outliers", text="the mixture after the change", role="control"),
         Arm(name="column_outliers", text="after the change: one scale a row", role="control"),
         Arm(name="column_more_outliers", text="after the change: some matrices in 8 bits", role="control"),
         Arm(name="fixed_outliers", text="after the change: groups of 32", role="control"),
         Arm(name="adaptive_outliers", text="after the change: a group for each matrix"),
+        Arm(name="hqq_outliers", text="after the change: hqq in groups of 64", role="reference"),
     ),
     run=run,
     methods=("compress.finequant", "compress.packed_experts"),

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from moestro import surgery
 from moestro.core.layer import mixture_layers
 from moestro.core.registry import method
-from moestro.methods.compress._parts.sensitivity import Importance, importance
+from moestro.methods.compress._parts.sensitivity import sensitivity
 from moestro.methods.compress.mc_moe import packing_of, widths_of
 from moestro.methods.planning import make_plan
+from moestro.observe.calibrate import calibrate
+from moestro.observe.statistics import LayerStats
 from moestro.studies._framework import Arm, Budget, Claim, Judgement, Measured, Study, Verdict, interval
 from moestro.studies._mixture import Mixture, corpus_of, rows_of, size_of, trained
 from moestro.studies._rows import Losses, bootstrap, row_losses
@@ -59,12 +61,14 @@ def config_of(budget: Budget, **values: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=2)
-def measured(seed: int, budget: Budget) -> dict[int, Importance]:
-    """Frequency, weight and sensitivity by layer."""
+def measured(seed: int, budget: Budget) -> dict[int, tuple[LayerStats, Tensor]]:
+    """Use of the experts, and their sensitivity, by layer."""
     size, config = scale(budget), config_of(budget)
     model = trained(size, seed)
     packings = [packing_of(bits, config) for bits in config.choices]
-    return importance(model, calibration(size, seed, budget), list(range(size.layers)), packings)
+    rows = calibration(size, seed, budget)
+    use, eps = calibrate(model, rows), sensitivity(model, rows, list(range(size.layers)), packings)
+    return {layer: (use[layer], eps[layer]) for layer in eps}
 
 
 @functools.lru_cache(maxsize=6)
@@ -86,7 +90,7 @@ def assembled(allocation: str, bits: float, seed: int, budget: Budget, draw: int
     config = config_of(budget, avg_bits=bits, allocation=allocation)
     taken = 0.0
     for number, (site, layer) in enumerate(mixture_layers(model).items()):
-        widths, _, size = widths_of(shapes[number], measured(seed, budget)[number], config, 1000 * draw + seed)
+        widths, _, size = widths_of(shapes[number], *measured(seed, budget)[number], config, 1000 * draw + seed)
         taken += size
         for expert, width in enumerate(widths):
             bank = mixture_layers(at_width(width, seed, budget))[site].bank

@@ -27,6 +27,8 @@ from moestro.surgery.rounding import Rounding, Seen
 PACKED = "compress.packed_experts"
 CHUNK = 1 << 23
 """Weights that are float32 at a time while a layer is packed."""
+BLOCK, COARSE = 32, 16
+"""Weights with so few different values in a block have been packed before."""
 
 
 @dataclass
@@ -35,7 +37,8 @@ class BitWork:
 
     Attributes:
         layer: index of the block. place: where. planned: projection -> packing of each expert.
-        config: of the packed layer, once it is there. starved: experts that calibration did not reach.
+        config: of the packed layer, once it is there. starved: experts that calibration did not reach. coarse:
+            projections whose weights lie on a grid of few values already.
     """
 
     layer: int
@@ -43,6 +46,7 @@ class BitWork:
     planned: dict[str, list[Packing]]
     config: Config | None = None
     starved: list[int] = field(default_factory=list)
+    coarse: list[str] = field(default_factory=list)
 
     @property
     def use(self) -> MethodUse:
@@ -132,10 +136,15 @@ def _extra(plan: BitPlan, works: list[BitWork]) -> PlanError:
 
 @torch.no_grad()
 def check_finite(work: BitWork, opened: OpenModel) -> None:
-    """Raise PlanError for a weight that is a NaN or an infinity; it would spoil the scale of its whole group."""
+    """Raise PlanError for a weight that is a NaN or an infinity; it would spoil the scale of its whole group.
+
+    Fills in ``work.coarse``, from the first expert.
+    """
     for name in work.planned:
-        parameter, _ = work.place.slot(0, name)
+        parameter, first = work.place.slot(0, name)
         whole = opened.read(parameter)
+        if is_coarse(whole[first]):
+            work.coarse.append(name)
         for expert in range(len(whole)):
             index = work.place.slot(expert, name)[1]
             if not bool(whole[index].isfinite().all()):
@@ -144,6 +153,18 @@ def check_finite(work: BitWork, opened: OpenModel) -> None:
                     f"layer {work.layer} expert {expert} projection {name}: {count} of {whole[index].numel()} weights "
                     "are NaN or infinite; repair the checkpoint first"
                 )
+
+
+def is_coarse(weight_OI: Tensor) -> bool:
+    """Whether weights have at most 16 different values in 99 % of the blocks of 32 in some rows: they have been in 4
+    bits before. Blocks of floats nearly always hold more, in 16 bits too.
+    """
+    rows, width = min(64, weight_OI.shape[0]), weight_OI.shape[1] // BLOCK * BLOCK
+    if not width:
+        return False
+    block_NB = weight_OI[:rows, :width].float().reshape(-1, BLOCK).sort(-1).values
+    different_N = 1 + (block_NB.diff(dim=-1) != 0).sum(-1)
+    return float((different_N <= COARSE).double().mean()) >= 0.99
 
 
 @torch.no_grad()

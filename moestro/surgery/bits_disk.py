@@ -4,7 +4,6 @@ Each packed layer is a file of its own, all other tensors follow unchanged, and 
 calibrates runs the model block by block: a block's weights are in memory during its turn only.
 """
 
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moestro.core.errors import PlanError, SaveError
+from moestro.core.errors import PlanError
 from moestro.core.layer import MoELayer
 from moestro.core.ledger import Ledger
 from moestro.core.packed import PackedFFN
 from moestro.core.plan import BitPlan
-from moestro.models.atomic import atomic_folder
+from moestro.models.atomic import atomic_folder, check_room
 from moestro.models.load import load
 from moestro.models.save import config_values, receipt_values, unsaved, write_json, write_tokenizer
 from moestro.models.sites import sites
@@ -225,9 +224,4 @@ def _check_room(folder: Folder, works: list[BitWork], out: Path) -> None:
     }
     needed = sum(work.nbytes for work in works)
     needed += sum(folder.nbytes(name) for name in folder.entries if name not in packed)
-    there = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise SaveError(
-            f"{out}: the packed model takes {needed:,} bytes, {free:,} are free; name a place on a larger disk"
-        )
+    check_room(out, needed)

@@ -13,7 +13,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.packed import PackedFFN
 from moestro.core.plan import BitPlan
 from moestro.models.save import unsaved
-from moestro.surgery.bits import BitWork
+from moestro.surgery.bits import BLOCK, COARSE, BitWork
 from moestro.surgery.parity import Choices, difference
 from moestro.surgery.receipt import Calib, count_parameters
 
@@ -109,7 +109,7 @@ def receipt_of(
         },
         "parameters": {"before": count, "after": count_parameters(model) + expert_weights(model, PackedFFN)},
         "notes": plan.notes,
-        "warnings": _starved(works),
+        "warnings": [*_starved(works), *_coarse(works)],
         "parity": None,
     }
 
@@ -120,6 +120,17 @@ def _starved(works: Sequence[BitWork]) -> list[str]:
         return []
     shown = ", ".join(places[:12]) + (", ..." if len(places) > 12 else "")
     return [f"{len(places)} experts saw no calibration token and were rounded to the nearest: {shown}"]
+
+
+def _coarse(works: Sequence[BitWork]) -> list[str]:
+    places = [f"{work.layer}/{name}" for work in works for name in work.coarse]
+    if not places:
+        return []
+    shown = ", ".join(places[:12]) + (", ..." if len(places) > 12 else "")
+    return [
+        f"the weights of {shown} have been in 4 bits or fewer before ({COARSE} values at most in a block of {BLOCK}); "
+        "packing them again adds an error to that of the first time, start from the float checkpoint"
+    ]
 
 
 def compared(calib: Calib) -> list[Mapping[str, Any] | Tensor]:

@@ -159,6 +159,8 @@ def _use(entry: LayerExperts, place: Place, inner: int) -> MethodUse:
     config = {**there.config, "num_experts": len(entry.experts), "expert_size": inner}
     if entry.router == "remap":
         config["remap"] = _remapping(entry, place.shape.num_experts, there.config.get("remap"))
+    elif there.config.get("remap") is not None:
+        config["remap"] = None if entry.router in ("new", "zero") else _left(entry, there.config["remap"])
     return MethodUse(method=there.method, config=config)
 
 
@@ -182,6 +184,32 @@ def _remapping(entry: LayerExperts, num_experts: int, before: list[int] | None) 
             f"none ({len(missing)} of {num_experts} are missing); use router=rows to drop experts"
         )
     return [leads[old] for old in (range(num_experts) if before is None else before)]
+
+
+def _left(entry: LayerExperts, before: Sequence[int]) -> list[int]:
+    """For each choice that a remapped router keeps the new expert: the choices of an expert that stays stay with it."""
+    if entry.router != "rows":
+        raise PlanError(
+            f"layer {entry.layer} has a remapped router, where {len(before)} rows lead to {max(before) + 1} experts, "
+            f"and router={entry.router} has no meaning; use router=rows or router=remap"
+        )
+    leads: dict[int | None, int] = {}
+    for index, sources in enumerate(entry.experts):
+        source = sources[0]
+        if source.donor != "self" or source.layer != entry.layer or leads.setdefault(source.expert, index) != index:
+            raise PlanError(
+                f"layer {entry.layer} expert {index}: under a remapped router each expert takes the choices of one old "
+                "expert of this layer, which no other takes; use router=new"
+            )
+    return [leads[old] for old in before if old in leads]
+
+
+def choices_left(work: Work) -> list[int]:
+    """The choices of a remapped router that stay under ``rows``, nulls included, by their old ids."""
+    old = work.place.mixture.router
+    assert isinstance(old, RemapRouter)
+    stay = {sources[0].expert for sources in work.entry.experts}
+    return [*(i for i, g in enumerate(old.mapping) if g in stay), *range(len(old.mapping), old.inner.num_choices)]
 
 
 def _check_built(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) -> None:
@@ -232,8 +260,9 @@ def _check_shared(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) 
 
 
 def router_rows(layer: MoELayer) -> dict[str, Tensor]:
-    """The tensors of a layer's router that have a row for each choice, by name."""
-    found = {name: layer.router.tensor(name) for name in layer.router.choice_rows}
+    """The tensors of a layer's router that have a row for each choice, by name; of a remapped one, its old choices."""
+    router = layer.router.inner if isinstance(layer.router, RemapRouter) else layer.router
+    found = {name: router.tensor(name) for name in router.choice_rows}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -242,7 +271,9 @@ def check_rows(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) -> 
     entry, router = work.entry, layer.router
     way_out = "use router=new"
     if isinstance(router, RemapRouter):
-        raise PlanError(f"layer {entry.layer} has a remapped router, which has no row for each expert; {way_out}")
+        if router.inner.choice_ids and len(choices_left(work)) < router.inner.num_choices:
+            raise PlanError(f"layer {entry.layer}: its router stores the ids of its choices; {way_out}")
+        return
     for index, sources in enumerate(entry.experts):
         for source in sources if entry.router == "mean" else sources[:1]:
             where = f"layer {entry.layer} expert {index}: router={entry.router}"

@@ -28,7 +28,7 @@ def choose(shape: ModelShape, choice: list[int] | str, *, dense: bool) -> list[L
     """The layers meant by ``choice`` among those that are dense (or mixtures), in order.
 
     Raises:
-        PlanError: no such layers, or a listed one that is of the other kind.
+        PlanError: no such layers, a listed one that is of the other kind, or experts in others that would be skipped.
     """
     kind = "dense" if dense else "mixture"
     fit = [layer for layer, there in sorted(shape.layers.items()) if (there.num_experts is None) == dense]
@@ -38,6 +38,12 @@ def choose(shape: ModelShape, choice: list[int] | str, *, dense: bool) -> list[L
                 other = "a mixture" if dense else "dense"
                 raise PlanError(f"{shape.name} layer {layer} is {other}; {kind} layers are {fit or 'none'}")
         return [shape.layer(layer) for layer in sorted(choice)]
+    if shape.foreign and not dense:
+        others = ", ".join(f"{layer} ({what})" for layer, what in shape.foreign.items())
+        raise PlanError(
+            f"layers={choice!r}, but {shape.name} holds no equal float experts in layers {others}; list those that are "
+            f"meant ({fit or 'none is a mixture of float experts'})"
+        )
     way, _, number = choice.partition(":")
     count = int(number or 1)
     if way in ("first", "last") and count > len(fit):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.core.errors import LoadError, PlanError
+from moestro.core.layer import MoELayer
 from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertPlan
 from moestro.models.atomic import atomic_folder
@@ -28,6 +29,7 @@ from moestro.models.save import receipt_values, unsaved, write_json, write_model
 from moestro.models.skeleton import config_from, model_class, put
 from moestro.models.swap import SHARED, stand, state_of
 from moestro.models.weights import join
+from moestro.surgery.assembled import SiteWork, check_sites
 from moestro.surgery.check import Work, check, shared_bank
 from moestro.surgery.fill import expect, fill
 from moestro.surgery.lazy import LazySource
@@ -136,11 +138,16 @@ class Changed:
     """
 
     def __init__(
-        self, folder: Folder, works: Sequence[Work], rest: Rest, donors: Mapping[str, OpenModel], ledger: Ledger
+        self,
+        folder: Folder,
+        works: Sequence[Work | SiteWork],
+        rest: Rest,
+        donors: Mapping[str, OpenModel],
+        ledger: Ledger,
     ) -> None:
         self.name = folder.name
         self._folder, self._rest, self._donors, self._ledger = folder, rest, donors, ledger
-        self._works = {work.place.shape.site: work for work in works}
+        self._works = {work.place.site.path: work for work in works}
         self._layers: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._done: set[str] = set()
         self._lock = threading.Lock()
@@ -150,10 +157,13 @@ class Changed:
         left_out = unsaved(folder.model)
         self._tensors: dict[str, Tensor] = {name: t for name, t in tensors.items() if name not in left_out}
 
-    def _install(self, work: Work) -> None:
+    def _install(self, work: Work | SiteWork) -> None:
         """Stand the new layer, without its experts' storage, in the empty model."""
         model = self._folder.model
         state = state_of(model)
+        if isinstance(work, SiteWork):
+            stand(model, work.place.site, work.empty(state.shared, self._ledger))
+            return
         layer = work.build(state.shared)
         if len(state.shared.modules) and not hasattr(model, SHARED):
             model.add_module(SHARED, state.shared.modules)
@@ -187,9 +197,13 @@ class Changed:
         """The tensors of a changed layer; the last few layers are held, the plan's seed makes them the same again."""
         if site not in self._layers:
             work = self._works[site]
-            layer = work.build(state_of(self._folder.model).shared)
             ledger = Ledger("again") if site in self._done else self._ledger
-            fill(layer, work, self._donors, into=lambda parameter: parameter.detach(), ledger=ledger)
+            layer = work.build(state_of(self._folder.model).shared)
+            if isinstance(work, SiteWork):
+                work.fill(layer, ledger)
+            else:
+                assert isinstance(layer, MoELayer)
+                fill(layer, work, self._donors, into=lambda parameter: parameter.detach(), ledger=ledger)
             self._done.add(site)
             self._layers[site] = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
             while len(self._layers) > HELD:
@@ -229,13 +243,14 @@ def apply_folder(
             raise PlanError("a donor cannot be called 'self': that is the model the plan is applied to")
         opened[name] = _donor(name, donor)
     works = check(plan, opened)
-    rest = Rest(plan, opened, works)
+    parts = check_sites(plan, opened)
+    rest = Rest(plan, opened, [*works, *parts])
     count = count_parameters(folder.model)
     account = [describe(work) for work in works]
     with atomic_folder(out, overwrite=overwrite) as temporary:
         ledger = Ledger(f"{plan.method}: surgery.apply")
-        record(folder.model, works)
-        changed = Changed(folder, works, rest, opened, ledger).source()
+        record(folder.model, [*works, *parts])
+        changed = Changed(folder, [*works, *parts], rest, opened, ledger).source()
         write_model(folder.model, changed, temporary)
         receipt: dict[str, Any] = {
             "method": plan.method,
@@ -245,6 +260,7 @@ def apply_folder(
             "rest": plan.rest,
             "ledger": ledger.close(),
             "layers": account,
+            "sites": [part.describe() for part in parts],
             "parameters": {"before": count, "after": count_parameters(folder.model)},
             "parity": None,
         }

@@ -12,7 +12,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertSource
 from moestro.core.remap import RemapRouter
 from moestro.core.router import Router
-from moestro.surgery.check import Work, renaming, router_rows, shared_bank
+from moestro.surgery.check import Work, choices_left, renaming, router_rows, shared_bank
 from moestro.surgery.experts import make_tensor
 from moestro.surgery.opened import OpenModel, Place, Read, bank_slot
 
@@ -98,6 +98,9 @@ def _fill_router(
         assert isinstance(router, RemapRouter)
         _copy_router(router.inner, work.place, readers["self"], into, skip=())
         return
+    if isinstance(router, RemapRouter):
+        _fill_remapped(router, layer, work, readers["self"], into, ledger)
+        return
     for name, tensor in router_rows(layer).items():
         for expert, sources in enumerate(work.entry.experts):
             row = _row(sources if rule == "mean" else sources[:1], name, donors, readers)
@@ -108,6 +111,20 @@ def _fill_router(
         _copy_nulls(layer, work.place, readers["self"], into)
         _copy_router(router, work.place, readers["self"], into, skip=(*router.choice_rows, *router.choice_ids))
         _rename_ids(layer, work, into)
+
+
+def _fill_remapped(router: RemapRouter, layer: MoELayer, work: Work, read: Read, into: Into, ledger: Ledger) -> None:
+    """The rows of the choices that lead to experts that stay."""
+    old = work.place.mixture.router
+    assert isinstance(old, RemapRouter)
+    left = choices_left(work)
+    for name, tensor in router_rows(layer).items():
+        before = old.inner.tensor(name)
+        assert before is not None
+        into(tensor).copy_(read(before)[left])
+        for expert in range(len(work.entry.experts)):
+            ledger.touch(work.entry.layer, expert, f"router.{name}")
+    _copy_router(router.inner, work.place, read, into, skip=router.inner.choice_rows)
 
 
 def _row(

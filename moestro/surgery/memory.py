@@ -13,6 +13,7 @@ from moestro.core.ledger import Ledger
 from moestro.core.plan import ExpertPlan
 from moestro.models.load import adopt
 from moestro.models.swap import SHARED, stand, state_of
+from moestro.surgery.assembled import SiteWork, check_sites
 from moestro.surgery.check import Work, check
 from moestro.surgery.fill import expect, fill
 from moestro.surgery.opened import OpenModel
@@ -45,9 +46,10 @@ def apply_open(
     Raises:
         PlanError: the plan does not fit; nothing was changed. LedgerError: a row was not written (a fault of ours).
     """
-    opened = _opened(model, donors or {})
+    opened = opened_all(model, donors or {})
     works = check(plan, opened)
-    rest = Rest(plan, opened, works)
+    parts = _sites(plan, opened, optimizer)
+    rest = Rest(plan, opened, [*works, *parts])
     before = None if calib is None else answers(model, calib)
     count = count_parameters(model)
     ledger = Ledger(f"{plan.method}: surgery.apply")
@@ -55,12 +57,14 @@ def apply_open(
     if not getattr(model, "is_moestro", False):
         adopt(model)
     rest.write()
-    record(model, works)
+    record(model, [*works, *parts])
     needed = last_reads(works)
     for number in range(len(works)):
         _change(model, works.pop(0), opened, ledger, optimizer)
         for layer in [layer for layer, last in needed.items() if last == number]:
             del opened["self"].places[layer]  # what stood there is freed now
+    for part in parts:
+        stand(model, part.place.site, part.made(state_of(model).shared, ledger))
     if optimizer is not None:
         forget(optimizer, model)
     receipt: dict[str, Any] = {
@@ -71,6 +75,7 @@ def apply_open(
         "rest": plan.rest,
         "ledger": ledger.close(),
         "layers": account,
+        "sites": [part.describe() for part in parts],
         "parameters": {"before": count, "after": count_parameters(model)},
         "parity": None,
     }
@@ -80,7 +85,16 @@ def apply_open(
     return receipt
 
 
-def _opened(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
+def _sites(plan: ExpertPlan, opened: Mapping[str, OpenModel], optimizer: Optimizer | None) -> list[SiteWork]:
+    """The work at sites that are no feed-forward. Raises PlanError as ``check_sites`` does, and with an optimiser."""
+    parts = check_sites(plan, opened)
+    if parts and optimizer is not None:
+        raise PlanError(f"{len(parts)} {parts[0].entry.kind} sites are made anew; an optimiser cannot move along yet")
+    return parts
+
+
+def opened_all(model: nn.Module, donors: Mapping[str, nn.Module]) -> dict[str, OpenModel]:
+    """The model under the name ``self``, and its donors. Raises PlanError for a donor of that name."""
     if "self" in donors:
         raise PlanError("a donor cannot be called 'self': that is the model the plan is applied to")
     opened = {"self": OpenModel(model)}

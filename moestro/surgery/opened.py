@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from moestro.core.bank import StackedFFN
 from moestro.core.errors import ConfigError, PlanError
-from moestro.core.inputs import LayerShape, ModelShape
+from moestro.core.inputs import LayerShape, ModelShape, spell
 from moestro.core.layer import MoELayer
 from moestro.core.plan import MethodUse
 from moestro.core.remap import RemapRouter
-from moestro.core.site import Site
+from moestro.core.site import Site, SiteKind
 from moestro.models.families import family
 from moestro.models.save import unsaved
 from moestro.models.sites import DenseFFN, dense_ffn, sites_by_layer
@@ -142,11 +142,12 @@ class OpenModel:
         for layer, site in found.items():
             place = _place(model, site, layer)
             if place is None:
-                self.foreign[layer] = type(site.module).__name__
+                there = site.module.bank if isinstance(site.module, MoELayer) else site.module
+                self.foreign[layer] = type(there).__name__
             else:
                 self.places[layer] = place
         shapes = {layer: place.shape for layer, place in self.places.items()}
-        self.shape = ModelShape(name=name, layers=shapes, num_layers=max(found) + 1)
+        self.shape = ModelShape(name=name, layers=shapes, num_layers=max(found) + 1, foreign=self.foreign)
 
     def place(self, layer: int) -> Place:
         """The site of a layer.
@@ -184,6 +185,17 @@ class OpenModel:
         """The row of an expert in a tensor of its layer's router."""
         parameter, index = self.place(layer).router_slot(expert, name)
         return self.read(parameter)[index]
+
+    def site(self, layer: int, kind: SiteKind) -> Site:
+        """See Subject.
+
+        Raises:
+            PlanError: there is none.
+        """
+        found = sites_by_layer(self.model, kind)
+        if layer not in found:
+            raise PlanError(f"{self.shape.name} has no {kind} site in layer {layer}; it has them in {spell(found)}")
+        return found[layer]
 
 
 def check_expert(model: str, shape: LayerShape, expert: int | None) -> None:

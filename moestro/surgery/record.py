@@ -7,16 +7,23 @@ from torch import nn
 
 from moestro.core.config import Config
 from moestro.core.plan import MethodUse
+from moestro.core.site import Site
 from moestro.models.sites import stacks
 from moestro.models.swap import Swap, state_of
-from moestro.surgery.opened import Place
+
+
+class Standing(Protocol):
+    """Where a piece of work is done."""
+
+    @property
+    def site(self) -> Site: ...
 
 
 class Recorded(Protocol):
     """A piece of work as the list of swaps needs it: where, by which method, with which settings."""
 
     @property
-    def place(self) -> Place: ...
+    def place(self) -> Standing: ...
 
     @property
     def use(self) -> MethodUse: ...
@@ -39,7 +46,9 @@ def entry_of(model: nn.Module, method: str, works: Sequence[Recorded]) -> Swap:
     for name in configs[0]:
         values = [config[name] for config in configs]
         settings[name] = values[0] if all(value == values[0] for value in values) else {"per_layer": values}
-    return Swap(sites=[_written(model, work) for work in works], kind="mlp", method=method, config=settings)
+    return Swap(
+        sites=[_written(model, work) for work in works], kind=works[0].place.site.kind, method=method, config=settings
+    )
 
 
 def _written(model: nn.Module, work: Recorded) -> str:

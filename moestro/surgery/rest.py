@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moestro.core.errors import PlanError
 from moestro.core.plan import ExpertPlan
+from moestro.surgery.assembled import SiteWork
 from moestro.surgery.check import Work
 from moestro.surgery.opened import OpenModel
 
@@ -22,7 +23,7 @@ class Rest:
             shape.
     """
 
-    def __init__(self, plan: ExpertPlan, donors: Mapping[str, OpenModel], works: Iterable[Work]) -> None:
+    def __init__(self, plan: ExpertPlan, donors: Mapping[str, OpenModel], works: Iterable[Work | SiteWork]) -> None:
         self.rule = plan.rest
         self.names: tuple[str, ...] = ()
         if plan.rest == "keep":
@@ -82,8 +83,10 @@ def _floats(opened: OpenModel) -> dict[str, Tensor]:
     }
 
 
-def _replaced(work: Work) -> list[Tensor]:
+def _replaced(work: Work | SiteWork) -> list[Tensor]:
     """The tensors of a site that the plan makes anew."""
+    if isinstance(work, SiteWork):
+        return list(work.replaced)
     place = work.place
     if place.dense is not None:
         return [place.slot(None, name)[0] for name in place.shape.names]

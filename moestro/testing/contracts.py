@@ -29,11 +29,16 @@ _HOMES = {
     "plan": "moestro.testing.planner_contract",
     "measure": "moestro.testing.meter_contract",
     "objective": "moestro.testing.objective_contract",
+    "policy": "moestro.testing.policy_contract",
+    "decoder": "moestro.testing.decoder_contract",
 }
 
 
 def contract_of(stage: str) -> dict[str, dict[str, str]]:
-    """Entry -> invariant -> what it says; empty while a stage has no contract."""
+    """Entry -> invariant -> what it says; empty while a stage has no contract.
+
+    A policy that decodes keeps what stands under ``decoder``.
+    """
     name = f"moestro.methods.{stage}._contract"
     if stage not in STAGES or importlib.util.find_spec(name) is None:
         return {}
@@ -48,7 +53,11 @@ def checks_of(method_id: str) -> tuple[str, ...]:
     """
     info = infos()[method_id]
     contract = contract_of(info.stage)
-    entries = [entry for entry in info.entries if entry != "objective" or "build" not in info.entries]
+    entries = [
+        "decoder" if entry == "policy" and info.acts == "Decoder" else entry
+        for entry in info.entries
+        if entry != "objective" or "build" not in info.entries
+    ]
     return tuple(f"{entry}.{name}" for entry in entries for name in contract.get(entry, ()))
 
 

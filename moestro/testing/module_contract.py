@@ -19,7 +19,7 @@ from moestro.core.registry import Method, method
 from moestro.core.router import Router
 from moestro.core.routing import Routing
 from moestro.core.session import session
-from moestro.core.site import Shared, Site
+from moestro.core.site import Borrowed, Shared, Site
 from moestro.testing.contracts import example_config
 from moestro.testing.contracts import settings_round_trip as settings_round_trip
 from moestro.testing.operations import operation_counter
@@ -188,6 +188,11 @@ def gradients_arrive(subject: Method) -> None:
     built, stack = make(subject)
     with training(stack):
         _total(look(stack, IDS)).backward()  # type: ignore[no-untyped-call]
+    if isinstance(built, Router) and built.hard:
+        assert hasattr(subject.module, "objective"), "a hard router gets no gradient; give it an objective"
+        reached = [name for name, p in built.named_parameters() if p.grad is not None and bool((p.grad != 0).any())]
+        assert not reached, f"the router says hard=True, and {reached} got a gradient"
+        return
     for name, parameter in built.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, f"{name} got no gradient"
@@ -334,7 +339,7 @@ def sums_over_units(subject: Method) -> None:
 
 def costs_are_counted(subject: Method) -> None:
     """See the contract. Operations are counted in evaluation and in training, with the numbers of rows that ran."""
-    _, stack = make(subject)
+    built, stack = make(subject)
     for mode in (False, True):
         stack.train(mode)
         rows = RowCounter()
@@ -349,6 +354,12 @@ def costs_are_counted(subject: Method) -> None:
     size = size_of(stack, 6)
     optimizer = torch.optim.AdamW(stack.parameters())
     _total(seen).backward()  # type: ignore[no-untyped-call]
+    if isinstance(built, Router) and built.hard:
+        lent = [
+            part.module for module in built.modules() for part in vars(module).values() if isinstance(part, Borrowed)
+        ]
+        for parameter in (p for module in (built, *lent) for p in module.parameters()):
+            parameter.grad = torch.zeros_like(parameter)  # what its objective would have given
     optimizer.step()
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     ran_bytes = {

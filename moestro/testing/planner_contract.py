@@ -91,7 +91,8 @@ def part_of(plan: AnyPlan, layer: int) -> AnyPlan:
     """The plan for one layer only, which leaves everything outside that layer alone."""
     if isinstance(plan, ExpertPlan):
         kept = [entry for entry in plan.layers if entry.layer == layer]
-        return plan.model_copy(update={"layers": kept, "rest": "keep"})
+        sites = [entry for entry in plan.sites if entry.layer == layer]
+        return plan.model_copy(update={"layers": kept, "sites": sites, "rest": "keep"})
     bits, formats = (
         {key: value for key, value in table.items() if int(key.split("/")[0]) == layer}
         for table in (plan.bits, plan.formats)

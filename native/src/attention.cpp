@@ -200,13 +200,17 @@ void Model::attend_unit(int layer, int thread, int first, int rows, int kv_head)
   }
 }
 
+// Norm, quantised input of the experts, router scores, choice. Few rows: all threads normalise all of them and share the
+// router's row blocks; many: they share the rows.
 void Model::route_rows(int layer, int thread) {
   const LayerSpec& l = spec_.layers[layer];
-  const int rows = step_.rows;
+  const int rows = step_.rows, threads = pool_.threads();
+  Scratch& s = scratch_[thread];
   int from, to;
-  split((rows + 3) / 4, thread, pool_.threads(), &from, &to);
+  split((rows + 3) / 4, thread, threads, &from, &to);
   from *= 4;
   to = std::min(to * 4, rows);
+  if (!many()) split(rows, thread, threads, &from, &to);
   for (int r = from; r < to; ++r) {
     float* v = normed_ + (size_t)r * ld_;
     norm(x_ + (size_t)r * ld_, l.ffn_norm, l.ffn_norm_bias, v);
@@ -214,7 +218,7 @@ void Model::route_rows(int layer, int thread) {
     std::memset(mixed_ + (size_t)r * ld_, 0, ld_ * sizeof(float));
   }
   if (from < to && l.shared_gate.given()) {
-    float* gate = scratch_[thread].line.get<float>((size_t)(to - from) * 16);
+    float* gate = s.line.get<float>((size_t)(to - from) * 16);
     k_->block_float(l.shared_gate.layout, l.shared_gate.data(), spec_.hidden, normed_ + (size_t)from * ld_, ld_, nullptr,
                     to - from, 1, gate, 16);
     for (int r = from; r < to; ++r) {
@@ -222,10 +226,23 @@ void Model::route_rows(int layer, int thread) {
       shared_weight_[r] = gate[(r - from) * 16];
     }
   }
-  if (from >= to || !l.experts) return;
-  const size_t ld = (size_t)l.router.blocks() * 16;
-  k_->block_float(l.router.layout, l.router.data(), spec_.hidden, normed_ + (size_t)from * ld_, ld_, nullptr, to - from,
-                  l.router.blocks(), scores_ + from * ld, ld);
+  if (!l.experts) return;
+  const Matrix& m = l.router;
+  const size_t ld = (size_t)m.blocks() * 16;
+  if (many()) {
+    if (from < to)
+      k_->block_float(m.layout, m.data(), m.k, normed_ + (size_t)from * ld_, ld_, nullptr, to - from, m.blocks(),
+                      scores_ + from * ld, ld);
+  } else {
+    float* own = s.query.get<float>((size_t)rows * ld_);
+    for (int r = 0; r < rows; ++r) norm(x_ + (size_t)r * ld_, l.ffn_norm, l.ffn_norm_bias, own + (size_t)r * ld_);
+    int begin, end;
+    split(m.blocks(), thread, threads, &begin, &end);
+    if (begin < end)
+      k_->block_float(m.layout, m.data() + begin * m.block_row(), m.k, own, ld_, nullptr, rows, end - begin,
+                      scores_ + begin * 16, ld);
+    pool_.barrier();
+  }
   for (int r = from; r < to; ++r) {
     if (l.router_bias) k_->add(scores_ + r * ld, floats(l.router_bias), l.experts, 1.0f);
     choose_row(l, scores_ + r * ld, chosen_[layer].data() + (size_t)r * l.top_k, weighed_[layer].data() + (size_t)r * l.top_k);

@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,6 +22,10 @@ const Kernels* table_amx();
 const Kernels* table_avx512();
 const Kernels* table_avxvnni();
 const Kernels* table_avx2();
+#endif
+
+#if defined(__aarch64__)
+const Kernels* table_neondot();
 #endif
 
 static const Kernels* found[8];
@@ -55,6 +62,13 @@ const Kernels* const* available() {
   if (avx512) found[n++] = table_avx512();
   if (avx2 && (leaf7(1, 0) >> 4 & 1)) found[n++] = table_avxvnni();
   if (avx2) found[n++] = table_avx2();
+#endif
+#if defined(__aarch64__)
+#if defined(__linux__)
+  if (getauxval(AT_HWCAP) >> 20 & 1) found[n++] = table_neondot();  // HWCAP_ASIMDDP
+#elif defined(__ARM_FEATURE_DOTPROD)
+  found[n++] = table_neondot();
+#endif
 #endif
   found[n++] = table_scalar();
   return found;

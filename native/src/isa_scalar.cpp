@@ -1,17 +1,20 @@
+// Plain loops for any processor; on ARM the compiler turns them into NEON.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
 #include "kernels.h"
 namespace moestro {
-namespace scalar {
+namespace MOESTRO_ISA {
 #include "simd_scalar.h"
 #include "dot_scalar.inc"
 template <int L>
 static void tiles_block(const uint8_t*, const QRows&, int, float*, size_t, uint8_t*) {}
 static void enter() {}
 static void leave() {}
-#ifdef __aarch64__
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define NAME "neondot"
+#elif defined(__aarch64__)
 #define NAME "neon"
 #else
 #define NAME "scalar"
@@ -19,6 +22,8 @@ static void leave() {}
 #define TILES false
 #define CHUNK 4
 #include "lanes.inc"
-}  // namespace scalar
-const Kernels* table_scalar() { return &scalar::kTable; }
+}  // namespace MOESTRO_ISA
+#define JOIN2(a, b) a##b
+#define JOIN(a, b) JOIN2(a, b)
+const Kernels* JOIN(table_, MOESTRO_ISA)() { return &MOESTRO_ISA::kTable; }
 }  // namespace moestro

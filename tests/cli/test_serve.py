@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-import httpx2 as httpx
+import httpx
 import pytest
 
 from moestro.cli import main
@@ -38,6 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--memory", "1GiB", "--context", "100000000"], "fewer than"),
         (["--memory", "1GiB", "--api-key-file", "nowhere"], "nowhere"),
         (["--memory", "1GiB", "--port", "70000"], "port"),
+        (["--memory", "1GiB", "--policy", "serve.scmoe"], "serve.lru"),
+        (["--memory", "1GiB", "--policy", "lru"], "serve.lru"),
     ],
 )
 def test_what_is_refused(folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,3 +189,22 @@ def test_settings_that_take_anything_are_found() -> None:
 def test_a_card_that_hides_a_leak_is_found() -> None:
     with pytest.raises(AssertionError, match="card says causal=False, the routing says True"):
         module_contract.no_look_ahead(as_method(Good, causal=False))
+
+
+def test_a_hard_router_gets_no_gradient_and_has_an_objective() -> None:
+    class Hard(NoGradient):
+        hard = True
+
+    class Lies(Good):
+        hard = True
+
+    with pytest.raises(AssertionError, match="give it an objective"):
+        module_contract.gradients_arrive(as_method(Hard))
+    for router, lies in ((Hard, False), (Lies, True)):
+        subject = as_method(router)
+        subject.module.objective = lambda: None  # type: ignore[attr-defined]
+        if lies:
+            with pytest.raises(AssertionError, match=r"says hard=True, and \['weight'\] got a gradient"):
+                module_contract.gradients_arrive(subject)
+        else:
+            module_contract.gradients_arrive(subject)

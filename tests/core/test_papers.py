@@ -40,7 +40,7 @@ def test_planned_methods_of_the_routing_papers() -> None:
     planned = {paper.key: paper.methods for paper in load_papers()}
     assert planned["rmoe"] == ("train.rmoe",)
     assert planned["moma"] == ("train.moma", "train.mixture_of_depths")
-    assert planned["read-me"] == ("convert.read_me", "serve.read_me_belady")
+    assert planned["read-me"] == ("convert.read_me", "train.read_me", "train.index_pool", "serve.read_me_belady")
     assert planned["loramoe"] == ()
 
 

@@ -1,6 +1,6 @@
 """Small random models as the kernels read them, and the pages of a few sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,80 +27,102 @@ def matrix(rng: np.random.Generator, layout: str, n: int, k: int, scale: float =
     return Matrix(layout, n, k, data)
 
 
-def build(
-    *,
-    layout: str = "q8",
-    experts_layout: str | None = None,
-    hidden: int = 80,
-    heads: int = 4,
-    kv_heads: int = 2,
-    head_dim: int = 16,
-    vocab: int = 100,
-    layers: int = 2,
-    experts: int = 8,
-    top_k: int = 3,
-    inner: int = 48,
-    router: dict[str, Any] | None = None,
-    attention: dict[str, Any] | None = None,
-    bias: bool = False,
-    shared: int = 0,
-    shared_gate: bool = False,
-    dense_layers: tuple[int, ...] = (),
-    gate: bool = True,
-    activation: str = "silu",
-    seed: int = 0,
-    **more: Any,
-) -> Packed:
-    """A model with random weights; ``more`` goes to the description."""
-    rng = np.random.default_rng(seed)
-    inside = experts_layout or layout
-    q, kv = heads * head_dim, kv_heads * head_dim
+@dataclass
+class Shape:
+    """What ``build`` makes; ``router`` and ``attention`` override fields of theirs.
 
-    def vector(n: int, around: float = 0.0) -> np.ndarray:
-        return (around + 0.1 * rng.standard_normal(n)).astype(np.float32)
+    Attributes:
+        shared: width of the shared branch, 0 for none. dense_layers: indices of layers without a mixture.
+    """
 
-    def ffn(width: int, kind: str) -> Ffn:
-        up, down = matrix(rng, kind, width, hidden), matrix(rng, kind, hidden, width)
-        return Ffn(up, down, matrix(rng, kind, width, hidden) if gate else None, activation)
+    layout: str = "q8"
+    experts_layout: str = ""
+    hidden: int = 80
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    layers: int = 2
+    experts: int = 8
+    top_k: int = 3
+    inner: int = 48
+    router: dict[str, Any] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
+    bias: bool = False
+    shared: int = 0
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
+    gate: bool = True
+    activation: str = "silu"
+    rotary: int = -1
 
-    made: list[Layer] = []
-    slabs: dict[int, np.ndarray] = {}
-    addresses: dict[int, np.ndarray] = {}
-    for index in range(layers):
-        options = {"scale": head_dim**-0.5, **(attention or {})}
+
+class Maker:
+    """Parts of a model of a shape, drawn from one generator."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        self.shape, self.rng = shape, np.random.default_rng(seed)
+
+    def vector(self, n: int, around: float = 0.0) -> np.ndarray:
+        return (around + 0.1 * self.rng.standard_normal(n)).astype(np.float32)
+
+    def matrix(self, n: int, k: int, layout: str = "", scale: float = 1.0) -> Matrix:
+        return matrix(self.rng, layout or self.shape.layout, n, k, scale)
+
+    def ffn(self, width: int) -> Ffn:
+        kind, hidden = self.shape.experts_layout or self.shape.layout, self.shape.hidden
+        up, down = self.matrix(width, hidden, kind), self.matrix(hidden, width, kind)
+        return Ffn(up, down, self.matrix(width, hidden, kind) if self.shape.gate else None, self.shape.activation)
+
+    def attention(self) -> Attention:
+        s = self.shape
+        q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+        options = {"scale": s.head_dim**-0.5, **s.attention}
         if options.get("qk_norm", "none") != "none":
             wide = options["qk_norm"] == "all"
-            options |= {"q_norm": vector(q if wide else head_dim, 1), "k_norm": vector(kv if wide else head_dim, 1)}
-        if bias:
-            options |= {"q_bias": vector(q), "k_bias": vector(kv), "v_bias": vector(kv), "o_bias": vector(hidden)}
-        block = Attention(
-            matrix(rng, layout, q, hidden),
-            matrix(rng, layout, kv, hidden),
-            matrix(rng, layout, kv, hidden),
-            matrix(rng, layout, hidden, q),
-            **options,
-        )
+            options["q_norm"] = self.vector(q if wide else s.head_dim, 1)
+            options["k_norm"] = self.vector(kv if wide else s.head_dim, 1)
+        if s.bias:
+            options |= {"q_bias": self.vector(q), "k_bias": self.vector(kv)}
+            options |= {"v_bias": self.vector(kv), "o_bias": self.vector(s.hidden)}
+        shapes = ((q, s.hidden), (kv, s.hidden), (kv, s.hidden), (s.hidden, q))
+        return Attention(*(self.matrix(n, k) for n, k in shapes), **options)
+
+    def router(self) -> Router:
+        s = self.shape
+        settings = {"kind": "softmax_topk", "top_k": s.top_k, "renormalise": True, **s.router}
+        if settings["kind"] == "sigmoid_bias":
+            settings["select_bias"] = self.vector(s.experts)
+        return Router(weight=self.matrix(s.experts, s.hidden, "f32", 3.0), **settings)
+
+
+def build(*, seed: int = 0, vocab: int = 100, **options: Any) -> Packed:
+    """A model with random weights; fields of ``Shape``, others go to the description."""
+    known = Shape.__dataclass_fields__
+    shape = Shape(**{name: value for name, value in options.items() if name in known})
+    more = {name: value for name, value in options.items() if name not in known}
+    make = Maker(shape, seed)
+    layers: list[Layer] = []
+    slabs: dict[int, np.ndarray] = {}
+    addresses: dict[int, np.ndarray] = {}
+    for index in range(shape.layers):
         parts: dict[str, Any] = {}
-        if index in dense_layers:
-            parts["shared"] = ffn(inner * 2, inside)
+        if index in shape.dense_layers:
+            parts["shared"] = make.ffn(shape.inner * 2)
         else:
-            settings = {"kind": "softmax_topk", "top_k": top_k, "renormalise": True, **(router or {})}
-            if settings["kind"] == "sigmoid_bias":
-                settings["select_bias"] = vector(experts)
-            parts["router"] = Router(weight=matrix(rng, "f32", experts, hidden, 3.0), **settings)
-            each = [ffn(inner, inside) for _ in range(experts)]
-            parts["experts"] = experts
-            parts["expert"], slabs[index], addresses[index] = slab_of(each)
-            if shared:
-                parts["shared"] = ffn(shared, inside)
-                parts["shared_gate"] = matrix(rng, "f32", 1, hidden) if shared_gate else None
-        made.append(Layer(vector(hidden, 1), vector(hidden, 1), block, **parts))
-    rotary = more.pop("rotary", head_dim)
+            parts |= {"router": make.router(), "experts": shape.experts}
+            parts["expert"], slabs[index], addresses[index] = slab_of(
+                [make.ffn(shape.inner) for _ in range(shape.experts)]
+            )
+            if shape.shared:
+                parts["shared"] = make.ffn(shape.shared)
+            if shape.shared_gate:
+                parts["shared_gate"] = make.matrix(1, shape.hidden, "f32")
+        layers.append(Layer(make.vector(shape.hidden, 1), make.vector(shape.hidden, 1), make.attention(), **parts))
+    rotary = shape.head_dim if shape.rotary < 0 else shape.rotary
     inv_freq = [(1e4 ** (-np.arange(0, rotary, 2) / rotary)).astype(np.float32)] if rotary else []
-    embedding = matrix(rng, layout, vocab, hidden, 8.0)
-    description = Description(
-        hidden, heads, kv_heads, head_dim, vocab, embedding, embedding, vector(hidden, 1), made, inv_freq, **more
-    )
+    embedding = make.matrix(vocab, shape.hidden, scale=8.0)
+    sizes = (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, vocab)
+    description = Description(*sizes, embedding, embedding, make.vector(shape.hidden, 1), layers, inv_freq, **more)
     return Packed(description, slabs, addresses)
 
 

@@ -16,7 +16,7 @@ def aligned(nbytes: int) -> np.ndarray:
 def planes(codes: np.ndarray, size: int, width: int, shift: int) -> np.ndarray:
     """Bytes of one plane out of [..., 1024] codes: byte i holds `width` bits of bytes i, i + size, ..."""
     parts = ((codes >> shift) & ((1 << width) - 1)).reshape(*codes.shape[:-1], 1024 // size, size).astype(np.uint16)
-    out = np.zeros(parts.shape[:-2] + (size,), dtype=np.uint16)
+    out = np.zeros((*parts.shape[:-2], size), dtype=np.uint16)
     for index in range(parts.shape[-2]):
         out |= parts[..., index, :] << (index * width)
     return out.astype(np.uint8)

@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
     engine = Engine(opened)
     listening = socket.socket(proto=socket.IPPROTO_TCP)
     listening.bind(("127.0.0.1", 0))
-    listening.listen()
+    listening.listen(256)  # whoever reads the port may connect at once
     print(listening.getsockname()[1], *sorted({"torch", "transformers"} & set(sys.modules)), flush=True)
     Server(Api(engine, None), "127.0.0.1", 0, engine.drain).run([listening])
     print("heavy:", *sorted({"torch", "transformers"} & set(sys.modules)), flush=True)

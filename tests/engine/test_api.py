@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 
-import httpx2 as httpx
+import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families

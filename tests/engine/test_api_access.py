@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 
-import httpx2 as httpx
+import httpx
 import pytest
 
 from moestro.core.errors import ConfigError

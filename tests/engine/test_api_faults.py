@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2 as httpx
+import httpx
 import pytest
 
 from moestro.engine import http as http_module
@@ -73,13 +73,16 @@ def storm(count: int) -> None:
             async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
                 asked = {**BODY, "prompt": "steady"}
                 steady = [asyncio.ensure_future(client.post("/v1/completions", json=asked)) for _ in range(4)]
-                await asyncio.sleep(0.05)  # they are in the queue before the storm fills it
+                begun = running.engine.scheduler.running  # before a crowd at the door turns anybody away
+                while len(begun) < 4 and not any(task.done() for task in steady):
+                    await asyncio.sleep(0.005)
                 waves = range(0, count, 100)
                 for start in waves:
                     await asyncio.gather(*(vanish(running.port, draw, start + n) for n in range(100)))
                 return list(await asyncio.gather(*steady))
 
         replies = asyncio.run(go())
+        assert [reply.status_code for reply in replies] == [200] * 4, [reply.text for reply in replies]
         assert [reply.json()["choices"][0]["text"] for reply in replies] == [alone["text"]] * 4
         running.idle(10)
         assert running.engine.scheduler.stats.requests["cancelled"] > count // 10

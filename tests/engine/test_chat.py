@@ -171,7 +171,7 @@ def test_bombs_go_off_elsewhere_and_soon(templates: Templates, bomb: str) -> Non
 def test_the_process_cannot_open_anything(templates: Templates) -> None:
     render(templates, "x")
     assert templates._process is not None
-    limits = Path(f"/proc/{templates._process.pid}/limits").read_text()
+    limits = Path(f"/proc/{templates._process.pid}/limits").read_text(encoding="ascii")
     rows = {line[:26].strip(): line[26:].split()[0] for line in limits.splitlines()[1:]}
     assert rows["Max open files"] == "3"
     assert rows["Max file size"] == "0"

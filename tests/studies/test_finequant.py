@@ -7,7 +7,7 @@ import torch
 from moestro.core.layer import mixture_layers
 from moestro.studies._framework import BUDGETS
 from moestro.studies._mixture import corpus_of, rows_of, trained
-from moestro.studies.finequant import UNITS, column_more, nbytes, outlie, plan_of, scale
+from moestro.studies.finequant import UNITS, column_more, fitted, nbytes, outlie, plan_of, scale
 
 
 BUDGET = BUDGETS["ci"]
@@ -36,3 +36,22 @@ def test_whole_rows_get_the_bytes_of_adaptive_groups() -> None:
     assert sum(plain.values()) < sum(adaptive.values()) <= sum(more.values())
     largest = max(more[key] - plain[key] for key in more)
     assert sum(more.values()) - sum(adaptive.values()) < largest
+
+
+def test_the_upper_reference_has_the_bytes_of_the_finest_groups_and_is_close() -> None:
+    model = trained(scale(BUDGET), 0)
+    packed = copy.deepcopy(model)
+    taken = fitted(packed, BUDGET)
+    fixed = plan_of("fixed", model, BUDGET)
+    down = [size for key, size in nbytes(fixed, model).items() if key.endswith("down")]
+    banks = [(layer.bank, other.bank) for layer, other in zip(
+        mixture_layers(model).values(), mixture_layers(packed).values(), strict=True
+    )]  # fmt: skip
+    halves = sum(bank.weight(e, "up").numel() for bank, _ in banks for e in range(bank.num_experts))
+    # By hand: half a byte a weight, and 4 bytes for each group of 24, in three matrices of one size.
+    assert taken == 3 * (halves // 2 + 4 * halves // 24)
+    assert sum(down) == taken // 3
+    for before, after in banks:
+        for name in before.projections:
+            gap = (after.weight(0, name) - before.weight(0, name)).detach()
+            assert 0 < gap.norm().item() < 0.15 * before.weight(0, name).norm().item()

@@ -48,7 +48,7 @@ def test_an_assembled_mixture_has_each_expert_at_its_width() -> None:
     budget = BUDGETS["ci"]
     model, taken = assembled("pmq", 2.0, 0, budget, 0)
     there = OpenModel(model).shape.layers[0]
-    widths, _, size = widths_of(there, measured(0, budget)[0], config_of(budget, avg_bits=2.0), 0)
+    widths, _, size = widths_of(there, *measured(0, budget)[0], config_of(budget, avg_bits=2.0), 0)
     assert taken == size
     assert set(widths) == {1, 2, 3}
     (layer,) = mixture_layers(model).values()

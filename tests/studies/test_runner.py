@@ -110,6 +110,37 @@ def test_a_changed_method_outdates_finished_jobs(tmp_path: Path, monkeypatch: py
     assert run(one, [0], tmp_path) == 2
 
 
+def test_a_changed_bench_outdates_finished_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that the study imports, one that this imports inside a function; not the framework, nor other benches."""
+    folder = tmp_path / "moestro" / "studies"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(_runner, "__file__", str(folder / "_runner.py"))
+    benches = {
+        "_near": "from moestro.studies._far import thing\n",
+        "_far": "def thing():\n    from moestro.studies import _near, _deep\n",
+        "_deep": "import moestro.studies._near\n",
+        "_other": "",
+        "_framework": "",
+    }
+    for name, text in benches.items():
+        (folder / f"{name}.py").write_text(text)
+    source = "from moestro.studies._framework import Study\nfrom moestro.studies._near import thing\n"
+    monkeypatch.setattr(_runner.inspect, "getsource", lambda module: source)
+    before = _runner.fingerprint(study())
+    for name, text in benches.items():
+        (folder / f"{name}.py").write_text(f"{text}changed = True\n")
+        assert (_runner.fingerprint(study()) != before) == (name not in ("_other", "_framework")), name
+        (folder / f"{name}.py").write_text(text)
+    assert _runner.fingerprint(study()) == before
+
+
+def test_the_benches_of_a_study_are_found() -> None:
+    """By hand: the study of UNCURL imports the mixture's bench, which imports that of language models."""
+    folder = Path(_runner.__file__).parent
+    found = _runner._benches((folder / "uncurl.py").read_text(), folder)
+    assert found == [(folder / name).read_text() for name in ("_language.py", "_mixture.py")]
+
+
 def test_a_damaged_job_file_is_run_again(tmp_path: Path) -> None:
     run(study(), [0], tmp_path)
     (tmp_path / "some_paper" / "full" / "new.0.json").write_text('{"finger')

@@ -8,9 +8,11 @@ import torch
 
 import moestro
 from moestro import surgery
+from moestro.core.errors import PlanError
 from moestro.core.inputs import ModelShape
 from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts
 from moestro.core.remap import RemapRouter
+from moestro.core.session import session
 from moestro.models.swap import state_of
 from moestro.surgery import plans
 from moestro.surgery.opened import OpenModel
@@ -130,6 +132,65 @@ def test_a_remapped_layer_can_be_merged_again() -> None:
     router = layers_of(model)[0].router
     assert router.mapping == [1, 0, 1, 1]
     assert torch.equal(router.inner.weight, rows)
+
+
+def test_a_remapped_layer_can_be_pruned() -> None:
+    """The choices that lead to an expert go with it; the others choose as a router of the rows that are left."""
+    model = mixture()
+    groups = {0: [{0: 1.0, 3: 1.0}, {1: 1.0}, {2: 1.0}]}
+    surgery.apply(model, plans.merge(shape(model), groups, method="test", router="remap"))
+    before = layers_of(model)[0]
+    rows, experts = before.router.inner.weight.clone(), before.bank.gate_up_proj.clone()
+    receipt = surgery.apply(model, plans.prune(shape(model), {0: [2, 0]}, method="test"))
+    layer = layers_of(model)[0]
+    assert layer.router.mapping == [1, 0, 1]
+    assert torch.equal(layer.router.inner.weight, rows[[0, 2, 3]])
+    assert torch.equal(layer.bank.gate_up_proj, experts[[2, 0]])
+    # Three matrices and a router row of each expert.
+    assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] == 8
+    with session(collect=True) as opened, torch.no_grad():
+        logits(model)
+    (ctx,) = opened.take()
+    routing = ctx.routings[layer.site]
+    weight_TC = torch.softmax(inner_logits(model, layer), -1)
+    top_TK, id_TK = weight_TC.topk(2)
+    want_TE = torch.zeros(len(top_TK), 2).index_put(
+        (torch.arange(len(top_TK))[:, None].expand(-1, 2), torch.tensor([1, 0, 1])[id_TK]),
+        top_TK / top_TK.sum(-1, keepdim=True),
+        accumulate=True,
+    )
+    found_TE = torch.zeros_like(want_TE).index_put((routing.token_N, routing.expert_N), routing.weight_N)
+    torch.testing.assert_close(found_TE, want_TE)
+
+
+def inner_logits(model: Any, layer: Any) -> torch.Tensor:
+    """Raw logits [T, 3] of the choices of a layer's inner router, from the layer's input."""
+    with session(collect=True, keeps=["input"]) as opened, torch.no_grad():
+        logits(model)
+    (ctx,) = opened.take()
+    found: torch.Tensor = ctx.kept[layer.site, "input"] @ layer.router.inner.weight.T
+    return found.detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"router": "mean"}, "router=mean has no meaning; use router=rows or router=remap"),
+        ({"experts": [[ExpertSource(layer=0, expert=1)]] * 2}, "which no other takes; use router=new"),
+        ({"experts": [[ExpertSource(layer=1, expert=1)]]}, "which no other takes; use router=new"),
+        ({"experts": [[ExpertSource(layer=0, expert=1)]]}, "top_k=2 but 1 groups of 1 hold only 1 experts"),
+    ],
+)
+def test_what_a_remapped_router_cannot_become(change: dict[str, Any], words: str) -> None:
+    model = mixture()
+    groups = {0: [{0: 1.0, 3: 1.0}, {1: 1.0}, {2: 1.0}]}
+    surgery.apply(model, plans.merge(shape(model), groups, method="test", router="remap"))
+    entry = LayerExperts(**({"layer": 0, "experts": [[ExpertSource(layer=0, expert=e)] for e in (0, 1)]} | change))
+    with pytest.raises(PlanError, match=words):
+        surgery.apply(model, ExpertPlan(method="test", layers=[entry]))
+    anew = entry.model_copy(update={"router": "new", "experts": [[ExpertSource(layer=0, expert=e)] for e in (0, 1)]})
+    surgery.apply(model, ExpertPlan(method="test", layers=[anew]))
+    assert not isinstance(layers_of(model)[0].router, RemapRouter)
 
 
 def test_experts_may_come_from_other_layers_even_changed_ones() -> None:

@@ -1,6 +1,7 @@
 """Plans about bits, applied: every family, in memory and on disk, complete ledgers, honest bytes, and refusals."""
 
 import json
+import shutil
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -258,9 +259,9 @@ def test_weights_that_are_not_finite_are_refused_before_anything_happens(tmp_pat
 def test_a_disk_that_is_too_small_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded("qwen3_moe", tmp_path)
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(bits_disk.shutil, "disk_usage", lambda path: usage(10, 5, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 1000))
     monkeypatch.setattr(bits_disk, "check_finite", lambda *a: pytest.fail("read weights first"))
-    with pytest.raises(SaveError, match=r"the packed model takes \d[\d,]+ bytes, 1,000 are free"):
+    with pytest.raises(SaveError, match=r"the model takes \d[\d,]+ bytes, 1,000 are free"):
         surgery.apply(tmp_path / "in", plan_for(model), tmp_path / "out")
 
 

@@ -1,24 +1,11 @@
 """Peak memory of converting a checkpoint on disk: its largest tensor and what is being written, not the model."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
-CODE = """
-import json, resource, sys
-from moestro.cli import main
-flags = ["--num-experts", "4", "--top-k", "2", "--no-compare"]
-assert main(["convert", "upcycle", sys.argv[1] + "-small", sys.argv[2] + "-small", *flags]) == 0  # imports everything
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert main(["convert", "upcycle", sys.argv[1], sys.argv[2], *flags]) == 0
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"before": before * 1024, "after": after * 1024}))
-"""
+from tests.surgery.peak import grown
 
 
 def write_dense(folder: Path, layers: int, dim: int, inner: int, vocabulary: int) -> int:
@@ -39,12 +26,9 @@ def test_a_checkpoint_is_converted_in_the_memory_of_its_largest_tensor_and_layer
     total = write_dense(tmp_path / "in", layers=16, dim=512, inner=3072, vocabulary=30_000)
     assert total > embedding + 16 * expert
     write_dense(tmp_path / "in-small", layers=1, dim=64, inner=32, vocabulary=100)
-    run = subprocess.run(
-        [sys.executable, "-c", CODE, str(tmp_path / "in"), str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    peak = json.loads(run.stdout.splitlines()[-1])
-    grown = peak["after"] - peak["before"]
+    paths, flags = [str(tmp_path / "in"), str(tmp_path / "out")], ["--num-experts", "4", "--top-k", "2", "--no-compare"]
+    growth = grown(
+        ["convert", "upcycle", *(f"{path}-small" for path in paths), *flags], ["convert", "upcycle", *paths, *flags]
+    )
     output = 2 * experts * expert  # the layer that is written and the next one, which is being made
-    assert grown < 1.3 * embedding + output, f"{grown:,} bytes"
+    assert growth < 1.3 * embedding + output, f"{growth:,} bytes"

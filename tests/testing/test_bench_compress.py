@@ -38,3 +38,26 @@ def test_products_are_timed_against_the_dense_one() -> None:
         ("time", "dense float32"), ("time", "two bits"), ("memory", "dense float32"),
     }  # fmt: skip
     assert rows[-1].ratio > 20
+
+
+def test_quantisers_are_compared_in_error_bytes_and_time() -> None:
+    rows = compress.quantisers(1, 64, 256, 1)
+    plain, large = (
+        {(row.metric, row.peer_name): row for row in rows if f", {count} large" in row.case} for count in (0, 4)
+    )
+    peers = ("whole rows", "groups of 32", "hqq")
+    assert set(plain) == set(large) == {(what, peer) for what in ("relative error", "size", "time") for peer in peers}
+    for row in rows:
+        assert row.ratio == pytest.approx(row.peer / row.ours)
+    # Without large inputs adaptive groups are whole rows: one scale of 16 bits for 256 weights.
+    assert plain["size", "whole rows"].ours == plain["size", "whole rows"].peer == 4 + 16 / 256
+    assert plain["relative error", "whole rows"].ratio == 1
+    assert large["size", "hqq"].peer == large["size", "groups of 32"].peer == 4.5
+    assert large["relative error", "whole rows"].ratio > 1.5, "large inputs spoil the scale of a whole row"
+    assert plain["relative error", "hqq"].peer < plain["relative error", "groups of 32"].peer
+
+
+def test_the_programme_is_timed_against_a_general_solver() -> None:
+    (row,) = compress.allocations(12, 1)
+    assert (row.metric, row.peer_name) == ("time", "HiGHS")
+    assert row.ratio > 0

@@ -1,7 +1,7 @@
 """What the engine computes with: a description of a model in packed matrices, and the steps of a forward over it.
 
-Two makers of these steps exist: ``native`` (C++, optional wheel ``moestro-native``) and ``twin`` (numpy, the reference of
-the arithmetic). A *layout* is how a matrix [N out, K in] is stored; see the packed-model format. Quantised layouts
+Two makers of these steps exist: ``native`` (C++, optional wheel ``moestro-native``) and ``twin`` (numpy, the reference
+of the arithmetic). A *layout* is how a matrix [N out, K in] is stored; see the packed-model format. Quantised layouts
 multiply integers: a row of activations is quantised per group of 64 inputs (scale = max|x| / 127, round half to even),
 the sum of code products of a group is an exact int32, and groups are added in order by fused multiply-adds.
 """
@@ -165,7 +165,8 @@ class Description:
     """A decoder-only model as the kernels read it.
 
     Attributes:
-        norm: "rms" or "layer". norm_add: added to RMS weights (1 for Gemma). inv_freq: rope tables, float32 [rotary / 2].
+        norm: "rms" or "layer". norm_add: added to RMS weights (1 for Gemma).
+        inv_freq: rope tables, float32 [rotary / 2].
         rope_factor: multiplies cos and sin. rope_interleaved: pairs (2i, 2i + 1) turn instead of (i, i + rotary / 2).
     """
 
@@ -204,7 +205,11 @@ class Steps(Protocol):
     page_bytes: int
 
     def begin(self, tokens: Ints, positions: Ints, rows_of: Ints, tables: Ints) -> None:
-        """Rows of a step: int32 [R] each; tables int32 [S, P] of page ids. Raises ValueError where an id is out of range."""
+        """Rows of a step: int32 [R] each; tables int32 [S, P] of page ids.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
 
     def attention(self, layer: int) -> None:
         """Attention block and routing of a layer; writes keys and values at the rows' positions."""
@@ -219,7 +224,7 @@ class Steps(Protocol):
         """The routes [R, k] to follow; a negative id is no expert."""
 
     def experts(self, layer: int, ids: Ints, slabs: Addresses) -> None:
-        """Compute ascending ``ids``, whose slabs start at ``slabs``. Outputs are added in ascending order of id in the end."""
+        """Compute ascending ``ids``, whose slabs start at ``slabs``. Calls may come in any order of ids."""
 
     def finish(self, layer: int) -> None:
         """Shared branch and residual; all experts with rows must have come."""

@@ -3,6 +3,7 @@
 const at = (id) => document.getElementById(id);
 const messages = [];
 let model = "";
+let chat = true; // without a chat template texts are continued
 let asking = null; // AbortController of the answer being written
 let heat = {};
 let cell = 0;
@@ -62,17 +63,19 @@ async function ask(text) {
   const began = performance.now();
   let body = null, count = 0, first = 0, answer = "";
   try {
-    const response = await fetch("/v1/chat/completions", {
+    const what = chat ? { messages } : { prompt: text };
+    const response = await fetch(chat ? "/v1/chat/completions" : "/v1/completions", {
       method: "POST",
       headers: { "content-type": "application/json" },
-      body: JSON.stringify({ model, messages, stream: true, ...settings() }),
+      body: JSON.stringify({ model, ...what, stream: true, ...settings() }),
       signal: asking.signal,
     });
     if (!response.ok) throw new Error(await refusal(response));
     body = show("assistant", "");
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      const delta = event.choices[0]?.delta?.content ?? "";
+      const choice = event.choices[0];
+      const delta = (chat ? choice?.delta?.content : choice?.text) ?? "";
       first ||= performance.now();
       count += 1;
       answer += delta;
@@ -135,10 +138,13 @@ function gauges(state) {
   ];
   const asked = (c.hits ?? 0) + (c.misses ?? 0);
   if (asked) rows.push(gauge("Experts found in memory", `${(100 * c.hits / asked).toFixed(1)} %`, c.hits / asked));
-  if (c.bytes !== undefined) rows.push(gauge("Read from disk", size(c.bytes)));
-  if (g.experts_resident_bytes) {
-    rows.push(gauge("Experts in memory", `${size(g.experts_resident_bytes)} of ${size(g.experts_budget_bytes)}`,
-      g.experts_resident_bytes / g.experts_budget_bytes));
+  if (g.expert_budget_bytes) {
+    rows.push(
+      gauge("Experts in memory", `${size(g.expert_bytes)} of ${size(g.expert_budget_bytes)}`,
+        g.expert_bytes / g.expert_budget_bytes),
+      gauge("Read from disk", size(c.bytes)),
+      gauge("Time waited for disk", `${c.waited_s.toFixed(1)} s`),
+    );
   }
   at("gauges").replaceChildren(...rows);
 }
@@ -188,8 +194,9 @@ async function refresh() {
     if (!response.ok) throw new Error(await refusal(response));
     const state = await response.json();
     model = state.model;
+    chat = state.chat;
     heat = state.heat;
-    at("model").textContent = `${state.model}, ${state.context} positions` + (state.chat ? "" : ", no chat template");
+    at("model").textContent = `${state.model}, ${state.context} positions` + (chat ? "" : ", no chat template: texts are continued");
     gauges(state);
     drawHeat();
   } catch (error) {

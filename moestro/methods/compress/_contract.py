@@ -40,6 +40,16 @@ class Statistics(Protocol):
     def __call__(self, config: Any) -> Mapping[str, Mapping[str, Any]]: ...
 
 
+class Check(Protocol):
+    """`check(inputs, config)`: refuse, before anything is measured, what the shapes alone rule out.
+
+    Raises:
+        PlanError: as `plan` would raise after the measurements.
+    """
+
+    def __call__(self, inputs: PlanInputs, config: Any) -> None: ...
+
+
 class Build(Protocol):
     """`build(site, config, shared)`: what stands at the site of a mixture afterwards, made of what stands there."""
 

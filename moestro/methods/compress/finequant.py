@@ -193,7 +193,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     """
     found: dict[str, tuple[Packing, tuple[int, int]]] = {}
     traces: dict[str, list[list[float]]] = {}
-    for layer, there in float_mixtures(inputs.shape).items():
+    for layer, there in float_mixtures(inputs).items():
         for expert in range(there.num_experts or 0):
             for name in there.projections:
                 weight_OI = inputs.subject.tensor(layer, expert, name)

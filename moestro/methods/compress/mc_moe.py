@@ -6,8 +6,9 @@ moves when i alone has j bits. With x_ij = 1 where expert i gets j bits, each la
     min  sum_ij phi_i^alpha w_i^beta eps_ij^gamma x_ij
     s.t. sum_j x_ij = 1,   sum_ij j x_ij = floor(E k)  (or: stored bytes <= a budget),   least numbers at some widths
 
-exactly, by dynamic programming. Codes are chosen by GPTQ on every expert's own inputs; 1 bit is sign times the mean
-|w| of a group. Attention, routers, norms and embeddings stay as they are.
+exactly, by dynamic programming; phi and w are counted by the shared calibration. Codes are chosen by GPTQ on every
+expert's own inputs; 1 bit is sign times the mean |w| of a group. Attention, routers, norms and embeddings stay as they
+are.
 
 Source: MC-MoE (2410.06270, section 3.2: eq. 3 and 4; 3 bits and 2 bits for at least one expert each; gamma = 2 as in
 the paper, while its code raises eps to alpha).
@@ -19,21 +20,23 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from moestro.core.card import MethodCard
-from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import BitPlan, MethodUse
+from moestro.methods.compress._parts.calibration import Counted
 from moestro.methods.compress._parts.gptq import GPTQ
 from moestro.methods.compress._parts.mixtures import float_mixtures
 from moestro.methods.compress._parts.programme import Array, allocate
-from moestro.methods.compress._parts.sensitivity import Importance, importance
+from moestro.methods.compress._parts.sensitivity import sensitivity
+from moestro.observe.statistics import LayerStats
 from moestro.ops.formats import Packing, packed_nbytes
 from moestro.surgery.rounding import Nearest
 
 
-class Config(BaseConfig):
+class Config(Counted):
     """Settings.
 
     Attributes:
@@ -45,6 +48,9 @@ class Config(BaseConfig):
             deals the programme's widths out at random; uniform gives every expert avg_bits.
         group_size: inputs that share a scale, whole rows where they are shorter. scale_type: of scales.
         rounding: gptq, or nearest. percdamp, blocksize: of GPTQ.
+        policy, raise_to: whom a calibration token counts for, in the programme and in GPTQ: natural, raised (to
+            raise_to experts) or all.
+        least: tokens below which an expert is starved. allow_starved: go on with half or more of them starved.
     """
 
     avg_bits: float = Field(default=2.5, gt=0)
@@ -75,7 +81,14 @@ class Config(BaseConfig):
 
 def rounding(config: Config) -> GPTQ | Nearest:
     """How surgery rounds by a plan of this method."""
-    return GPTQ(config.percdamp, config.blocksize) if config.rounding == "gptq" else Nearest()
+    if config.rounding == "nearest":
+        return Nearest()
+    return GPTQ(config.percdamp, config.blocksize, policy=config.policy, raise_to=config.raise_to)
+
+
+def statistics(config: Config) -> dict[str, dict[str, object]]:
+    """What is measured on data: frequencies and gates; sensitivities follow once the data has reached the experts."""
+    return config.measured()
 
 
 def packing_of(bits: int, config: Config) -> Packing:
@@ -83,11 +96,12 @@ def packing_of(bits: int, config: Config) -> Packing:
     return Packing(f"{'sign' if bits == 1 else 'uint'}{bits}", config.group_size, config.scale_type)
 
 
-def costs(seen: Importance, config: Config) -> Array:
+def costs(seen: LayerStats, eps_EJ: Tensor, config: Config) -> Array:
     """What the programme minimises, [E, J], scaled so that its largest entry is 1."""
+    weight_E = weights_of(seen)
     phi = (seen.count_E.double() / max(1, int(seen.count_E.sum()))).numpy()
-    weight = (seen.weight_E / max(float(seen.weight_E.sum()), 1e-300)).numpy()
-    eps = seen.eps_EJ.numpy()
+    weight = (weight_E / max(float(weight_E.sum()), 1e-300)).numpy()
+    eps = eps_EJ.numpy()
     if config.allocation in ("frequency", "weight"):
         eps = np.broadcast_to(eps.mean(0), eps.shape)  # all experts alike: the one measurement decides
     alpha = config.alpha if config.allocation not in ("weight", "sensitivity") else 0.0
@@ -97,26 +111,52 @@ def costs(seen: Importance, config: Config) -> Array:
     return found / top if top > 0 and np.isfinite(top) else found
 
 
-def widths_of(there: LayerShape, seen: Importance, config: Config, seed: int) -> tuple[list[int], int, int]:
+def weights_of(seen: LayerStats) -> Tensor:
+    """Sum of each expert's gates before renormalisation, float64 [E]; of its weights, where a router has no scores."""
+    return seen.weight.total if seen.logits is None else seen.gate.total
+
+
+def widths_of(
+    there: LayerShape, seen: LayerStats, eps_EJ: Tensor, config: Config, seed: int
+) -> tuple[list[int], int, int]:
     """Bits of every expert of a layer; the budget, and the bytes they take."""
     size_J = [sum(matrix_bytes(there, bits, config)) for bits in config.choices]
     experts = there.num_experts or 0
     if config.allocation == "uniform":
         widths, budget = [int(config.avg_bits)] * experts, int(config.avg_bits) * experts
     else:
-        least = [config.require.get(bits, 0) for bits in config.choices]
-        exact = config.layer_bytes is None
-        budget = math.floor(experts * config.avg_bits + 1e-9) if config.layer_bytes is None else config.layer_bytes
-        try:
-            places = allocate(
-                costs(seen, config), config.choices if exact else size_J, budget, exact=exact, least_J=least
-            )
-        except PlanError as error:
-            raise PlanError(f"layer {there.layer}: {error}") from None
-        widths = [config.choices[place] for place in places]
+        widths, budget = allocated(there, costs(seen, eps_EJ, config), config)
         if config.allocation == "random":
             widths = [widths[i] for i in np.random.default_rng([seed, there.layer]).permutation(experts)]
     return widths, budget, sum(size_J[config.choices.index(bits)] for bits in widths)
+
+
+def allocated(there: LayerShape, cost_EJ: Array, config: Config) -> tuple[list[int], int]:
+    """The cheapest widths of a layer within the budget, and the budget.
+
+    Raises:
+        PlanError: a budget that cannot be kept; between which it can stands in the message.
+    """
+    least = [config.require.get(bits, 0) for bits in config.choices]
+    exact = config.layer_bytes is None
+    sizes = config.choices if exact else [sum(matrix_bytes(there, bits, config)) for bits in config.choices]
+    budget = math.floor(len(cost_EJ) * config.avg_bits + 1e-9) if config.layer_bytes is None else config.layer_bytes
+    try:
+        places = allocate(cost_EJ, sizes, budget, exact=exact, least_J=least)
+    except PlanError as error:
+        raise PlanError(f"layer {there.layer}: {error}") from None
+    return [config.choices[place] for place in places], budget
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, packed ones, or a budget that cannot be kept.
+    """
+    for there in float_mixtures(inputs).values():
+        if config.allocation != "uniform":
+            allocated(there, np.zeros((there.num_experts or 0, len(config.choices))), config)
 
 
 def matrix_bytes(there: LayerShape, bits: int, config: Config) -> list[int]:
@@ -141,28 +181,37 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     Raises:
         PlanError: no mixtures, no model or data to measure on, a budget that cannot be kept.
     """
-    mixtures = float_mixtures(inputs.shape)
+    mixtures = float_mixtures(inputs)
     if inputs.model is None or inputs.batches is None:
         raise PlanError("compress.mc_moe measures on data; give an open model and calibration data (--data)")
+    use = {layer: inputs.statistic("experts", layer) for layer in mixtures}
     batches = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in inputs.batches]
-    seen = importance(inputs.model, batches, list(mixtures), [packing_of(bits, config) for bits in config.choices])
+    eps = sensitivity(
+        inputs.model,
+        batches,
+        list(mixtures),
+        [packing_of(bits, config) for bits in config.choices],
+        policy=config.policy,
+        raise_to=config.raise_to,
+    )
     bits: dict[str, float] = {}
     formats: dict[str, str] = {}
     notes = []
     for layer, there in mixtures.items():
-        widths, budget, taken = widths_of(there, seen[layer], config, inputs.seed)
+        seen = use[layer]
+        widths, budget, taken = widths_of(there, seen, eps[layer], config, inputs.seed)
         for expert, width in enumerate(widths):
             for name in there.projections:
                 bits[f"{layer}/{expert}/{name}"] = width
                 formats[f"{layer}/{expert}/{name}"] = str(packing_of(width, config).fitting(there.matrix(name)[1]))
-        share = seen[layer].count_E.double() / max(1, seen[layer].tokens)
+        share = seen.natural_E.double() / max(1, inputs.statistics["experts"].stats.num_tokens)
         each = [sum(matrix_bytes(there, width, config)) for width in widths]
         notes.append(
             {
                 "layer": layer, "bits": widths, "budget": budget, "bytes": taken,
                 "bytes_per_token": float(sum(s * b for s, b in zip(share.tolist(), each, strict=True))),
-                "tokens": seen[layer].count_E.tolist(), "weight": seen[layer].weight_E.tolist(),
-                "sensitivity": seen[layer].eps_EJ.tolist(),
+                "tokens": seen.count_E.tolist(), "weight": weights_of(seen).tolist(),
+                "sensitivity": eps[layer].tolist(),
             }
         )  # fmt: skip
     settings = config.model_dump(mode="json")

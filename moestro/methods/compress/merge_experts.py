@@ -24,7 +24,7 @@ from moestro.core.plan import ExpertPlan
 from moestro.methods.compress._parts.alignment import Align
 from moestro.methods.compress._parts.calibration import Keep
 from moestro.methods.compress._parts.grouping import Grouping, Similarity
-from moestro.methods.compress._parts.merging import Merging, merged
+from moestro.methods.compress._parts.merging import Merging, check_merging, merged
 
 
 class Config(Merging):
@@ -39,6 +39,8 @@ class Config(Merging):
         weighting: of the members of a group: by tokens, or equal.
         router: remap choices of old experts, or one row a group: the members' mean, or the most used member's row.
         sample: tokens that align=activations looks at.
+        sequential: measure each layer behind those that are merged already, on a copy of the model, one run over the
+            data a layer; otherwise all at once on the model as it is.
         policy, raise_to: whom a calibration token counts for: natural, raised (to raise_to experts) or all.
         least: tokens below which an expert is starved. allow_starved: go on with half or more of them starved.
     """
@@ -53,6 +55,15 @@ class Config(Merging):
 def statistics(config: Config) -> dict[str, dict[str, object]]:
     """What is measured on data."""
     return config.wishes()
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, more experts than there are, or fewer than the router chooses and rows to choose them.
+    """
+    check_merging(inputs, config)
 
 
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:

@@ -1,7 +1,8 @@
 """Expert pruning: leave out the experts that matter least on calibration data, with their router rows.
 
-What is left routes by a softmax (or sigmoid) over the rows that are left. An expert e of a layer scores, over the
-tokens t in T_e that are routed to it, with weight w_te, gate g_te before renormalisation, output f_e(x_t):
+What is left routes by a softmax (or sigmoid) over the rows that are left; under a router that merging has remapped, all
+rows that lead to an expert go with it. An expert e of a layer scores, over the tokens t in T_e that are routed to it,
+with weight w_te, gate g_te before renormalisation, output f_e(x_t):
 
     random           a random number
     router_norm      |W_g[e]|, the length of its router row
@@ -34,6 +35,7 @@ from moestro.core.plan import ExpertPlan
 from moestro.methods.compress._parts.calibration import (
     Calibrated,
     Keep,
+    check_choices,
     check_groups,
     count_of,
     groups_of,
@@ -172,45 +174,57 @@ def global_counts(
     return counts
 
 
-def counts_of(layers: list[LayerShape], found: dict[int, Tensor], config: Config) -> dict[int, int]:
-    """Experts of each layer afterwards.
+def limits(layers: list[LayerShape], config: Config) -> tuple[dict[int, int], dict[int, int]]:
+    """Experts of each layer afterwards (on average, under one budget for all), and the least that each must have.
 
     Raises:
         PlanError: fewer than a token chooses, or not as many in each of a router's groups.
     """
     counts = {there.layer: count_of(there, config.keep) for there in layers}
-    floors = {there.layer: max(config.floor or 1, least_of(there)) for there in layers}
     for there in layers:
-        count, groups = counts[there.layer], groups_of(there)
-        if config.budget == "global" and groups > 1:
+        count, groups, least = counts[there.layer], groups_of(there), least_of(there)
+        if groups > 1:
+            refuse_remapped(there, "its groups could not stay equal, start from the model before merging")
+        if groups > 1 and config.budget == "global":
             raise PlanError(f"layer {there.layer}: its router has {groups} groups of equal size; use budget=layer")
-        if config.floor is not None and config.floor < least_of(there):
+        if config.floor is not None and config.floor < least:
             raise PlanError(
-                f"floor={config.floor}, but layer {there.layer} needs {least_of(there)}, since each token chooses "
-                f"{there.top_k}"
+                f"floor={config.floor}, but layer {there.layer} needs {least}, since each token chooses {there.top_k}"
             )
-        if count < least_of(there):
+        if count < least:
             raise PlanError(
                 f"layer {there.layer}: keep={config.keep} leaves {count} of {there.num_experts} experts, but each "
-                f"token chooses {there.top_k}; keep at least {least_of(there)}"
+                f"token chooses {there.top_k}; keep at least {least}"
             )
         check_groups(there, count)
-    if config.budget == "layer":
-        return counts
-    have = {there.layer: there.num_experts or 0 for there in layers}
-    floors = {layer: min(floor, have[layer]) for layer, floor in floors.items()}
-    return global_counts(
-        found, sum(counts.values()), floors, config.compare == "share" and config.criterion != "reconstruction"
-    )
+    floors = {there.layer: max(config.floor or 1, least_of(there)) for there in layers}
+    return counts, {there.layer: min(floors[there.layer], there.num_experts or 0) for there in layers}
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, fewer experts than a token chooses, a router that the criterion cannot ask.
+    """
+    layers = choose(inputs.shape, config.layers, dense=False)
+    limits(layers, config)
+    for there in layers:
+        if config.criterion in ("router_norm", "reconstruction"):
+            refuse_remapped(there, f"criterion={config.criterion} asks for it, use criterion=reap")
+        if config.criterion == "reconstruction" and groups_of(there) > 1:
+            raise PlanError(
+                f"layer {there.layer}: its router first chooses among {groups_of(there)} groups, and reconstruction "
+                "cannot tell which it would choose with fewer experts; use criterion=reap"
+            )
 
 
 def scores_of(inputs: PlanInputs, there: LayerShape, criterion: Criterion) -> Tensor:
     """Score of each expert of a layer, float64 [E], higher is better.
 
     Raises:
-        PlanError: a router that the criterion cannot ask, statistics that were not measured, or scores that are NaN.
+        PlanError: statistics that were not measured, or scores that are NaN.
     """
-    refuse_remapped(there)
     experts = range(there.num_experts or 0)
     if criterion == "random":
         return torch.rand(len(experts), generator=generator(inputs.seed, there.layer, "prune"), dtype=torch.float64)
@@ -218,11 +232,6 @@ def scores_of(inputs: PlanInputs, there: LayerShape, criterion: Criterion) -> Te
         rows = [inputs.subject.router_row(there.layer, expert, "weight") for expert in experts]
         found_E = torch.stack([row.double().norm().cpu() for row in rows])
     elif criterion == "reconstruction":
-        if groups_of(there) > 1:
-            raise PlanError(
-                f"layer {there.layer}: its router first chooses among {groups_of(there)} groups, and reconstruction "
-                "cannot tell which it would choose with fewer experts; use criterion=reap"
-            )
         found_E = reconstruction(inputs.statistic("experts", there.layer).sample, least_of(there))
     else:
         found_E = scores(inputs.statistic("experts", there.layer), criterion)
@@ -241,10 +250,16 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
     Raises:
         PlanError: no mixtures, fewer experts than a token chooses, statistics that were not measured.
     """
+    check(inputs, config)
     layers = choose(inputs.shape, config.layers, dense=False)
     found = {there.layer: scores_of(inputs, there, config.criterion) for there in layers}
-    counts = counts_of(layers, found, config)
+    counts, floors = limits(layers, config)
+    if config.budget == "global":
+        share = config.compare == "share" and config.criterion != "reconstruction"
+        counts = global_counts(found, sum(counts.values()), floors, share)
     kept = {there.layer: best(found[there.layer], counts[there.layer], groups_of(there)) for there in layers}
+    for there in layers:
+        check_choices(there, kept[there.layer])
     gone = sum((there.num_experts or 0) - counts[there.layer] for there in layers)
     listed = {
         layer: [value if value < torch.inf else None for value in score_E.tolist()] for layer, score_E in found.items()

@@ -49,6 +49,8 @@ class Config(BaseConfig):
         skip_tokens: ids left out of calibration (beginnings, masks, template words), at their position, at the one
             before, which predicts them, or at both (``skip``).
         skip_unlabelled: leave out positions whose label is -100.
+        least: tokens below which an expert is starved. allow_starved: go on with half or more of a layer's experts
+            starved; those that no token reached are rounded to the nearest.
     """
 
     up: str = "ternary:row:bf16"
@@ -63,6 +65,8 @@ class Config(BaseConfig):
     skip_tokens: tuple[int, ...] = ()
     skip: Literal["at", "before", "both"] = "at"
     skip_unlabelled: bool = False
+    least: int = Field(default=1, ge=1)
+    allow_starved: bool = False
 
     @field_validator("up", "down")
     @classmethod
@@ -92,6 +96,8 @@ def rounding(config: Config) -> Streaming | Nearest:
         skip_tokens=config.skip_tokens,
         skip=config.skip,
         skip_unlabelled=config.skip_unlabelled,
+        least=config.least,
+        allow_starved=config.allow_starved,
     )
 
 
@@ -119,7 +125,7 @@ def plan(inputs: PlanInputs, config: Config) -> BitPlan:
     formats: dict[str, str] = {}
     matrices: dict[str, list[int]] = {}
     narrow: set[int] = set()
-    for layer, there in float_mixtures(inputs.shape).items():
+    for layer, there in float_mixtures(inputs).items():
         for name in there.projections:
             out, width = there.matrix(name)
             used = packing_of(name, width, config)

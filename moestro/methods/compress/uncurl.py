@@ -8,8 +8,8 @@ For each layer, from the router logits z_te of the task's tokens t:
     W_c = sum_{e in c} f_e W_e / sum_{e in c} f_e,   f_e tokens of expert e; equal weights for a group without tokens
     the router stays, and a choice of e becomes a choice of its group (``router="remap"``)
 
-Statistics are taken once, of the model as it is. Afterwards the merged model is fine-tuned on the task. ``compress.
-merge_experts`` has the same parts with other defaults, and more of them.
+Statistics are taken once, of the model as it is, or layer by layer behind merged ones (``sequential``). Afterwards the
+merged model is fine-tuned on the task. ``compress.merge_experts`` has the same parts with other defaults, and more.
 
 Source: UNCURL (2409.01483, section on the pruning method); alignment and merging as in MC-SMoE (2310.01334, section 3).
 """
@@ -20,7 +20,7 @@ from moestro.core.card import MethodCard
 from moestro.core.inputs import PlanInputs
 from moestro.core.plan import ExpertPlan
 from moestro.methods.compress._parts.calibration import Keep
-from moestro.methods.compress._parts.merging import Merging, merged
+from moestro.methods.compress._parts.merging import Merging, check_merging, merged
 
 
 class Config(Merging):
@@ -35,6 +35,8 @@ class Config(Merging):
         weighting: of the members of a group: by tokens, or equal.
         router: remap choices of old experts, or one row a group: the members' mean, or the most used member's row.
         sample: tokens that align=activations looks at.
+        sequential: measure each layer behind those that are merged already, on a copy of the model, one run over the
+            data a layer; otherwise all at once on the model as it is.
         policy, raise_to: whom a calibration token counts for: natural, raised (to raise_to experts) or all.
         least: tokens below which an expert is starved. allow_starved: go on with half or more of them starved.
     """
@@ -46,6 +48,15 @@ class Config(Merging):
 def statistics(config: Config) -> dict[str, dict[str, object]]:
     """What is measured on the task's data."""
     return config.wishes()
+
+
+def check(inputs: PlanInputs, config: Config) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, more experts than there are, or fewer than the router chooses and rows to choose them.
+    """
+    check_merging(inputs, config)
 
 
 def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:

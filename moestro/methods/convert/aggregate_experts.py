@@ -16,12 +16,8 @@ Source: Z-code M3 (2109.10465). Its text says neither which weights outside the 
 rows are scaled; both rules for the first are here, and rows are taken as they are.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal
-
-import torch.nn.functional as F
-from torch import Tensor
 
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
@@ -29,11 +25,8 @@ from moestro.core.errors import PlanError
 from moestro.core.inputs import LayerShape, PlanInputs, Subject
 from moestro.core.plan import ExpertPlan, MethodUse
 from moestro.methods.convert._parts.layers import Layers, choose
+from moestro.methods.convert._parts.origin import related
 from moestro.surgery.plans import aggregate
-
-
-RELATED = 0.05
-"""Cosine between matrices of two models above which they count as of one origin."""
 
 
 class Config(BaseConfig):
@@ -47,17 +40,6 @@ class Config(BaseConfig):
 
     layers: Layers = "all"
     shared: Literal["auto", "first", "mean"] = "auto"
-
-
-def related(first: Tensor, second: Tensor) -> bool:
-    """Whether two matrices [out, in] of the same place grew out of one initialisation.
-
-    Their cosine is above 0.05, and above six standard deviations of what independent draws give, 6 / sqrt(n).
-    """
-    if first.shape != second.shape:
-        return False
-    cosine = F.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0)
-    return float(cosine) > max(RELATED, 6.0 / math.sqrt(first.numel()))
 
 
 def of_one_origin(first: Subject, second: Subject, layers: list[int]) -> bool:

@@ -26,18 +26,15 @@ random cut, scale), FactorLLM (2408.11855).
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
-from moestro.core.errors import ConfigError, PlanError
+from moestro.core.errors import ConfigError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse
-from moestro.methods.convert._parts.clusters import balanced_clusters
 from moestro.methods.convert._parts.layers import Layers, choose, mixture, router_use
-from moestro.surgery.experts import generator
+from moestro.methods.convert._parts.slices import READS_MODEL, Partition, slices, statistics_of
 
 
 class Config(BaseConfig):
@@ -57,7 +54,7 @@ class Config(BaseConfig):
     num_experts: int = Field(default=8, ge=1)
     top_k: int = Field(default=2, ge=1)
     shared: int = Field(default=0, ge=0)
-    partition: Literal["contiguous", "random", "weights", "coactivation"] = "random"
+    partition: Partition = "random"
     weights: Literal["sum_to_one", "one"] = "sum_to_one"
     router: MethodUse = MethodUse(method="train.softmax_topk", config={"renormalise": True})
     router_rows: Literal["new", "zero"] | None = None
@@ -80,52 +77,12 @@ class Config(BaseConfig):
 
 def statistics(config: Config) -> tuple[str, ...]:
     """What must be measured: per layer a matrix [I, I]."""
-    return ("coactivation",) if config.partition == "coactivation" else ()
-
-
-def gram_of_weights(gate_ID: Tensor | None, up_ID: Tensor) -> Tensor:
-    """Gram matrix [I, I] of the rows of gate and up, side by side."""
-    rows = up_ID if gate_ID is None else torch.cat([gate_ID, up_ID], 1)
-    return rows.double() @ rows.double().T
-
-
-def gram_of_activations(coactivation_II: Tensor) -> Tensor:
-    """Co-activation scaled so that every unit has norm 1; a unit that was never active stays 0."""
-    norm_I = coactivation_II.double().diagonal().clamp(min=0).sqrt()
-    scale_I = torch.where(norm_I > 0, 1.0 / norm_I.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return coactivation_II.double() * scale_I[:, None] * scale_I
-
-
-def slices(inputs: PlanInputs, there: LayerShape, config: Config) -> list[list[int]]:
-    """The inner units of each slice, ascending within a slice."""
-    draw = generator(inputs.seed, there.layer, "split")
-    if config.partition == "contiguous":
-        order = torch.arange(there.inner)
-    elif config.partition == "random":
-        order = torch.randperm(there.inner, generator=draw)
-    else:
-        if config.partition == "weights":
-            gate = inputs.subject.tensor(there.layer, None, "gate") if there.gated else None
-            gram_II = gram_of_weights(gate, inputs.subject.tensor(there.layer, None, "up"))
-        else:
-            gram_II = gram_of_activations(inputs.statistic("coactivation", there.layer))
-            if gram_II.shape != (there.inner, there.inner):
-                raise PlanError(
-                    f"layer {there.layer}: co-activation of {gram_II.shape[0]} units, the layer has {there.inner}"
-                )
-        return balanced_clusters(gram_II, config.num_experts, int(torch.randint(2**31, (1,), generator=draw)))
-    return order.view(config.num_experts, -1).sort(1).values.tolist()
+    return statistics_of(config.partition)
 
 
 def cut(inputs: PlanInputs, there: LayerShape, config: Config) -> LayerExperts:
     """One dense layer as slices of itself."""
-    if there.inner % config.num_experts:
-        near = [e for e in range(2, there.inner + 1) if there.inner % e == 0 and e <= 4 * config.num_experts]
-        raise PlanError(
-            f"layer {there.layer}: {there.inner} inner units cannot be cut into {config.num_experts} equal slices; "
-            f"num_experts may be {', '.join(map(str, near[-8:])) or there.inner}"
-        )
-    parts = slices(inputs, there, config)
+    parts = slices(inputs, there, config.num_experts, config.partition, "split")
     sums = config.weights == "sum_to_one"
     scale_down = float(config.routed) if sums else 1.0
     scale_bias = 0.0 if config.shared else 1.0 if sums else 1.0 / config.top_k
@@ -153,12 +110,11 @@ def plan(inputs: PlanInputs, config: Config) -> ExpertPlan:
         PlanError: no such layers, a width that E does not divide, a statistic that was not measured.
     """
     layers = choose(inputs.shape, config.layers, dense=True)
-    measured = config.partition in ("weights", "coactivation")
     return ExpertPlan(
         method="convert.split",
         config=config.model_dump(mode="json"),
         seed=inputs.seed,
-        model_hash=inputs.subject.fingerprint() if measured else None,
+        model_hash=inputs.subject.fingerprint() if config.partition in READS_MODEL else None,
         layers=[cut(inputs, there, config) for there in layers],
         notes={"keeps": "all_on", "all_on_weight": 1.0 / config.routed if config.weights == "sum_to_one" else 1.0},
     )

@@ -38,7 +38,7 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",
         "tokens_conserved": "an assignment names a token and a choice that exist; no token has a choice twice",
         "finite": "outputs, weights and gradients are finite, for one token too",
-        "gradients_arrive": "every trainable parameter gets a gradient, and some of it is not zero",
+        "gradients_arrive": "every trainable parameter gets a gradient, not all zero; of a hard router none does",
         "repeatable": "the same input, seed and weights give the same bits",
         "padding_is_nothing": "padding changes neither the routing, the output nor the loss of real tokens",
         "rows_are_apart": "a sequence is routed alike alone and in a batch",

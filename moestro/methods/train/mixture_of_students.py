@@ -35,6 +35,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.forward import logits_of
 from moestro.core.session import current_session
 from moestro.data.packing import IGNORE
+from moestro.methods.train._parts.teachers import only
 
 
 VALUE = "distillation"
@@ -61,18 +62,6 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Te
     log_q_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
     log_p_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
     return F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True) * temperature**2
-
-
-def only(teachers: Mapping[str, nn.Module]) -> nn.Module:
-    """The one teacher of a student.
-
-    Raises:
-        ConfigError: none, or several.
-    """
-    if len(teachers) != 1:
-        given = ", ".join(teachers) or "none"
-        raise ConfigError(f"a student has one teacher, given: {given}; write teachers: {{teacher: FOLDER}}")
-    return next(iter(teachers.values()))
 
 
 def objective(

@@ -1,8 +1,13 @@
-"""Codes for ternary weights: bits a weight, encoding, decoding, products, against other ways of storing the same.
+"""What packs experts, against other ways to do the same: codes for ternary weights, 4-bit quantisers, bit allocation.
 
-Symbols are independent with the share of zeros that QMoE's code is made for, in rows as wide as its widest. All arms
-store and give back the same symbols, which is checked before anything is timed; general compressors work on five trits
-a byte. Bits are those of codes and of what each row needs to be found, without the two values that all have alike.
+Codes: bits a weight, encoding, decoding, products. Symbols are independent with the share of zeros that QMoE's code is
+made for, in rows as wide as its widest. All arms store and give back the same symbols, which is checked before anything
+is timed; general compressors work on five trits a byte. Bits are those of codes and of what each row needs to be found,
+without the two values that all have alike.
+
+Quantisers: relative error of matrices of normal draws, as they are and with some large inputs, at 4 bits: FineQuant's
+adaptive groups and its finest ones, the nearest codes on whole rows, and hqq, the upper reference, whose groups are
+twice as long as the finest and take the same bytes. Allocation: MC-MoE's dynamic programme against HiGHS.
 """
 
 import math
@@ -12,19 +17,33 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moestro.ops.formats import Packing, format_named, pack_rows, packed_linear, quantise, unpack_rows
+from moestro.methods.compress._parts.programme import allocate
+from moestro.methods.compress.finequant import choose_group_size
+from moestro.ops.formats import (
+    Packing,
+    dequantise,
+    format_named,
+    pack_rows,
+    packed_linear,
+    packed_nbytes,
+    quantise,
+    unpack_rows,
+)
 from moestro.ops.formats._codebook import codebook, decode, encode
-from moestro.testing.bench.harness import Row, interleave, paired_ratio
+from moestro.testing.bench.harness import Row, interleave, paired_ratio, time_rows
+from moestro.testing.peers import half_quadratic
 
 
 ZEROS = 0.885
 ROWS, WIDTH = 4096, 3072
 LEVEL = 9
 OUT, INTO = 768, 2048  # of a product
+FINEST = 32  # weights that share a scale in FineQuant's finest groups
 OURS, PAPER = "ours", "the paper's dictionary"
 
 
@@ -145,6 +164,91 @@ def products(out: int, width: int, rounds: int) -> list[Row]:
     return [*found, memory]
 
 
+def matrices(count: int, out: int, width: int, outliers: int) -> list[Tensor]:
+    """Normal draws [out, width], in each the columns of some inputs 50 times as large."""
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(count):
+        weight = torch.randn(out, width, generator=draw)
+        weight[:, torch.randperm(width, generator=draw)[:outliers]] *= 50
+        found.append(weight)
+    return found
+
+
+def nearest_codes(weight: Tensor, group: int | None) -> tuple[Tensor, int]:
+    """What the nearest 4-bit codes stand for, and their bytes."""
+    used = Packing("int4", group, "f16")
+    parts, final = quantise(weight[None], used)
+    return dequantise(parts, (weight.shape[0], weight.shape[1]), final)[0], packed_nbytes(tuple(weight.shape), final)
+
+
+def quantisers(count: int, out: int, width: int, rounds: int) -> list[Row]:
+    """Error, bytes and time of 4-bit quantisers. Errors leave the large columns out: they would drown the others."""
+    fine, large = FINEST, 10.0
+    arms: dict[str, Callable[[Tensor], tuple[Tensor, int]]] = {
+        "ours": lambda weight: nearest_codes(weight, choose_group_size(weight, sizes=(4 * fine, 2 * fine, fine)).size),
+        "whole rows": partial(nearest_codes, group=None),
+        f"groups of {fine}": partial(nearest_codes, group=fine),
+        "hqq": partial(half_quadratic, bits=4, group=2 * fine),
+    }
+    found = []
+    for outliers in (0, 4):
+        weights = matrices(count, out, width, outliers)
+        case = f"{count} matrices of {out} x {width} in 4 bits, {outliers} large inputs"
+        error, bits = {}, {}
+        for name, arm in arms.items():
+            pairs = [(weight, *arm(weight)) for weight in weights]
+            plain = [weight.abs().amax(0) < large for weight in weights]
+            gaps = [((v - w)[:, p].norm() / w[:, p].norm()).item() for (w, v, _), p in zip(pairs, plain, strict=True)]
+            error[name] = statistics.mean(gaps)
+            bits[name] = 8 * sum(size for _, _, size in pairs) / (count * out * width)
+        calls = {name: partial(_each, arm, weights) for name, arm in arms.items()}
+        seconds = interleave(calls, rounds)
+        for metric, unit, of in (("relative error", "share", error), ("size", "bits a weight", bits)):
+            found += [
+                Row(case, metric, unit, of["ours"], name, of[name], of[name] / of["ours"], 0.0)
+                for name in arms if name != "ours"
+            ]  # fmt: skip
+        found += time_rows(case, "time", seconds)
+    return found
+
+
+def _each(arm: Callable[[Tensor], object], weights: list[Tensor]) -> None:
+    for weight in weights:
+        arm(weight)
+
+
+def allocations(experts: int, rounds: int) -> list[Row]:
+    """Time of the exact programme of one layer, 2 bits on average, and of HiGHS, which finds the same optimum."""
+    cost_EJ = np.random.default_rng(0).random((experts, 3)) * [9.0, 3.0, 1.0]
+    least = [0, 1, 1]
+    ours = partial(allocate, cost_EJ, (1, 2, 3), 2 * experts, exact=True, least_J=least)
+    best = sum(cost_EJ[expert, place] for expert, place in enumerate(ours()))
+    other = by_highs(cost_EJ, (1, 2, 3), 2 * experts, least)
+    assert math.isclose(best, other, rel_tol=1e-6), (best, other)
+    seconds = interleave({"ours": ours, "HiGHS": partial(by_highs, cost_EJ, (1, 2, 3), 2 * experts, least)}, rounds)
+    return time_rows(f"bits for {experts} experts of a layer", "time", seconds)
+
+
+def by_highs(cost_EJ: np.ndarray, widths: tuple[int, ...], budget: int, least_J: list[int]) -> float:
+    """The least cost by SciPy's mixed-integer solver."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    experts, count = cost_EJ.shape
+    rules = [
+        LinearConstraint(np.kron(np.eye(experts), np.ones(count)), 1, 1),
+        LinearConstraint(np.tile(widths, experts), budget, budget),
+        LinearConstraint(np.tile(np.eye(count), experts), least_J, np.inf),
+    ]
+    found = milp(cost_EJ.ravel(), constraints=rules, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0})
+    return float(found.fun)
+
+
 def run(rounds: int) -> list[Row]:
     """All cases."""
-    return codecs(ROWS, WIDTH, rounds) + products(OUT, INTO, rounds)
+    return [
+        *codecs(ROWS, WIDTH, rounds),
+        *products(OUT, INTO, rounds),
+        *quantisers(4, 512, 1024, rounds),
+        *allocations(256, rounds),
+    ]

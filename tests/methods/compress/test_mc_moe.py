@@ -17,12 +17,15 @@ from moestro import surgery
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import PlanInputs
 from moestro.core.layer import mixture_layers
+from moestro.core.packed import PackedFFN
 from moestro.core.plan import BitPlan
 from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.methods.compress._parts.programme import allocate
-from moestro.methods.compress._parts.sensitivity import importance, rounded
+from moestro.methods.compress._parts.sensitivity import rounded, sensitivity
+from moestro.methods.planning import make_plan
 from moestro.observe import calibrate
+from moestro.observe.moments import GroupMoments
 from moestro.ops.formats import packing
 from moestro.surgery.opened import OpenModel
 from moestro.testing.tiny import tiny_folder
@@ -129,7 +132,7 @@ def test_sensitivity_is_that_of_whole_forwards_of_the_block(family: str, tmp_pat
     model = moestro.load(tmp_path / "in")
     layers = [layer for layer, there in OpenModel(model).shape.layers.items() if there.num_experts is not None]
     before = snapshot(model)
-    seen = importance(model, BATCHES, layers, PACKINGS)
+    eps = sensitivity(model, BATCHES, layers, PACKINGS)
     assert_untouched(model, before)
     layer = OpenModel(model).place(layers[-1]).mixture
     outputs = run(model, layer.site)
@@ -141,7 +144,7 @@ def test_sensitivity_is_that_of_whole_forwards_of_the_block(family: str, tmp_pat
                     layer.bank.weight(expert, name).copy_(rounded(matrix, used))
             moved = run(model, layer.site)
             expected = sum(float((a - b).norm()) for a, b in zip(moved, outputs, strict=True))
-            assert float(seen[layers[-1]].eps_EJ[expert, place]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+            assert float(eps[layers[-1]][expert, place]) == pytest.approx(expected, rel=1e-3, abs=1e-4)
             with torch.no_grad():
                 for name, matrix in old.items():
                     layer.bank.weight(expert, name).copy_(matrix)
@@ -156,42 +159,96 @@ def run(model: nn.Module, site: str) -> list[torch.Tensor]:
 
 
 def test_a_softmax_over_the_choice_counts_by_probabilities_and_not_by_logits(tmp_path: Path) -> None:
-    """Such a router hands over raw logits, which may be negative; statistics of calibration have the same weights."""
+    """Such a router hands over raw logits, which may be negative."""
     tiny_folder("gpt_oss", tmp_path / "in")
     model = moestro.load(tmp_path / "in")
     for layer in layers_of(model):
         with torch.no_grad():
             layer.router.bias.sub_(50.0)  # the same choices and weights, and every logit far below zero
-    seen = importance(model, BATCHES, [0, 1], PACKINGS)[1]
+    note = planned(model).notes["layers"][1]
     known = calibrate(model, BATCHES, allow_starved=True)[1]
-    assert (seen.weight_E >= 0).all()
-    torch.testing.assert_close(seen.weight_E, known.gate.total)
-    assert torch.equal(seen.count_E, known.count_E)
+    assert min(note["weight"]) >= 0
+    assert note["weight"] == known.gate.total.tolist()
+    assert note["tokens"] == known.count_E.tolist()
 
 
 def test_frequency_and_weight_are_counted_by_hand(tmp_path: Path) -> None:
     tiny_folder("olmoe", tmp_path / "in")  # weights of the chosen do not sum to 1
     model = moestro.load(tmp_path / "in")
-    seen = importance(model, BATCHES, [0, 1], PACKINGS)[1]
-    count, weight, tokens = torch.zeros(6), torch.zeros(6), 0
+    plan = planned(model)
+    note = plan.notes["layers"][1]
+    count, weight = torch.zeros(6), torch.zeros(6)
     with session(collect=True) as opened, torch.no_grad():
         for batch in BATCHES:
             model(**batch)
     for ctx in opened.take():
         routing = ctx.routings["model.layers.1.mlp"]
-        tokens += routing.num_tokens
         probability = torch.softmax(routing.scores.logits_TC, -1)
         for token, expert in zip(routing.token_N.tolist(), routing.expert_N.tolist(), strict=True):
             count[expert] += 1
             weight[expert] += probability[token, expert]
-    assert seen.tokens == tokens == 66
-    assert seen.count_E.tolist() == count.tolist()
-    torch.testing.assert_close(seen.weight_E, weight.double(), atol=1e-4, rtol=1e-4)
+    assert plan.notes["calibration"]["tokens"] == 66
+    assert note["tokens"] == count.tolist()
+    torch.testing.assert_close(torch.tensor(note["weight"]), weight, atol=1e-4, rtol=1e-4)
+
+
+def test_a_policy_adds_tokens_to_the_programme_and_to_gptq(model: Any) -> None:
+    """Under `all` every expert counts every token, so that frequencies are equal and no sensitivity is 0."""
+    natural, every = planned(model), planned(model, policy="all")
+    for note, other in zip(natural.notes["layers"], every.notes["layers"], strict=True):
+        assert other["tokens"] == [66] * 5
+        assert sum(note["tokens"]) == 66 * 2
+        assert np.min(other["sensitivity"]) > 0
+        raised = planned(model, policy="raised", raise_to=3)
+        assert sum(raised.notes["layers"][0]["tokens"]) == 66 * 3
+    used = [USE.entry("rounding")(USE.configure({"policy": policy})) for policy in ("natural", "all")]
+    site = layers_of(model)[0].site
+    counts = [next(rounding.walk(model, BATCHES, {1: site}, None, None))[1].count_E for rounding in used]
+    assert counts[0].tolist() == natural.notes["layers"][0]["tokens"]
+    assert counts[1].tolist() == [66] * 5
+
+
+def starve(model: Any) -> None:
+    """Make the first mixture's router choose experts 0 and 1 of five for every token."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 0] = 5.0
+        norm = model.model.layers[1].post_attention_layernorm.weight
+        norm.copy_(torch.eye(len(norm))[0])  # the router sees the first channel only, and that is positive
+        router = layers_of(model)[0].router.weight
+        router.zero_()
+        router[:2, 0] = torch.tensor([4.0, 3.0])
+
+
+def test_data_that_starves_half_of_the_experts(model: Any) -> None:
+    """Refused with numbers; asked for, every expert is packed, nothing is NaN, and the receipt lists the starved."""
+    starve(model)
+    before = snapshot(model)
+    words = "gives 3 of 5 experts of model.layers.1.mlp fewer than 1 tokens.*policy=raised.*allow_starved=true"
+    with pytest.raises(PlanError, match=words):
+        planned(model)
+    assert_untouched(model, before)
+    assert planned(model, policy="all").notes["calibration"]["layers"][0]["starved"] == []
+    plan = planned(model, allow_starved=True)
+    note = plan.notes["layers"][0]
+    assert note["tokens"] == [66, 66, 0, 0, 0]
+    assert not np.any(note["sensitivity"][2:])
+    receipt = surgery.apply(model, plan, calib=[batch["input_ids"] for batch in BATCHES])
+    assert receipt["notes"]["calibration"]["layers"][0]["starved"] == [2, 3, 4]
+    assert receipt["layers"][0]["starved"] == [2, 3, 4]
+    rows = receipt["notes"]["calibration"]["layers"]
+    unseen = [f"{row['layer']}/{expert}" for row in rows for expert in row["starved"]]
+    assert unseen[:3] == ["1/2", "1/3", "1/4"]
+    told = f"{len(unseen)} experts saw no calibration token and were rounded to the nearest: {', '.join(unseen)}"
+    assert told in receipt["warnings"]
+    assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] == 30
+    assert all(isinstance(layer.bank, PackedFFN) for layer in layers_of(model))
+    with torch.no_grad():
+        assert model(**BATCHES[0]).logits.isfinite().all()
 
 
 def planned(model: Any, seed: int = 0, **config: Any) -> BitPlan:
-    use = USE.configure({"group_size": 16, **config})
-    found: BitPlan = USE.plan(PlanInputs(subject=OpenModel(model), model=model, batches=BATCHES, seed=seed), use)
+    found = make_plan(USE, model, {"group_size": 16, **config}, batches=BATCHES, seed=seed)
+    assert isinstance(found, BitPlan)
     return found
 
 
@@ -228,49 +285,39 @@ def test_a_budget_of_bytes_is_kept_and_used(model: Any) -> None:
 
 def test_allocations_differ_in_what_decides(model: Any) -> None:
     """A frequent expert wins by frequency, a heavy one by weight, a sensitive one by sensitivity."""
-    from moestro.methods.compress._parts.sensitivity import Importance
     from moestro.methods.compress.mc_moe import widths_of
 
-    seen = Importance(
-        torch.tensor([50, 10, 10, 10, 10]), torch.tensor([1.0, 9, 1, 1, 1]).double(),
-        torch.tensor([[4.0, 2, 1], [4, 2, 1], [40, 20, 10], [4, 2, 1], [4, 2, 1]]).double(), 45,
-    )  # fmt: skip
+    count, weight = [50, 10, 10, 10, 10], torch.tensor([1.0, 9, 1, 1, 1])
+    seen = calibrate(model, BATCHES)[1]
+    seen.weight, seen.gate = GroupMoments(5), GroupMoments(5)
+    for expert, tokens in enumerate(count):
+        for moments in (seen.weight, seen.gate):
+            moments.add(torch.full((tokens,), expert), weight[expert].expand(tokens) / tokens)
+    eps = torch.tensor([[4.0, 2, 1], [4, 2, 1], [40, 20, 10], [4, 2, 1], [4, 2, 1]]).double()
     there = OpenModel(model).shape.layers[1]
     for allocation, winner in (("frequency", 0), ("weight", 1), ("sensitivity", 2)):
         config = USE.configure({"avg_bits": 1.6, "allocation": allocation, "group_size": 16})
-        widths, _, _ = widths_of(there, seen, config, 0)
+        widths, _, _ = widths_of(there, seen, eps, config, 0)
         assert widths[winner] == 3
         assert sum(widths) == 8
-    pmq = widths_of(there, seen, USE.configure({"avg_bits": 1.6, "group_size": 16}), 0)
+    pmq = widths_of(there, seen, eps, USE.configure({"avg_bits": 1.6, "group_size": 16}), 0)
     dealt = [
-        widths_of(there, seen, USE.configure({"avg_bits": 1.6, "allocation": "random", "group_size": 16}), s)
+        widths_of(there, seen, eps, USE.configure({"avg_bits": 1.6, "allocation": "random", "group_size": 16}), s)
         for s in range(8)
     ]
     assert all(sorted(widths) == sorted(pmq[0]) and taken == pmq[2] for widths, _, taken in dealt)
     assert len({tuple(widths) for widths, _, _ in dealt}) > 2
 
 
-def test_an_expert_that_nobody_chose_has_no_sensitivity_and_a_width(model: Any) -> None:
-    layer = layers_of(model)[0]
-    with torch.no_grad():
-        layer.router.weight[4] = 0
-        layer.router.weight[:4] = layer.router.weight[:4].abs()
-        model.model.layers[1].post_attention_layernorm.weight.abs_()
-    single = [{"input_ids": ids(1, 2)}]
-    seen = importance(model, single, [1], PACKINGS)[1]
-    unseen = (seen.count_E == 0).nonzero().flatten().tolist()
-    assert unseen
-    assert seen.eps_EJ[unseen].abs().max() == 0
-    assert planned(model).notes["layers"][0]["bits"][unseen[0]] in (1, 2, 3)
-
-
 def test_what_it_needs_is_asked_for(model: Any) -> None:
     config = USE.configure({"group_size": 16})
     with pytest.raises(PlanError, match="measures on data; give an open model and calibration data"):
         USE.plan(PlanInputs(subject=OpenModel(model)), config)
+    with pytest.raises(PlanError, match=r"compress\.mc_moe measures experts on data .* give calibration data"):
+        make_plan(USE, model)
     surgery.apply(model, planned(model), calib=[ids()])
     with pytest.raises(PlanError, match="packed ones are not packed again"):
-        USE.plan(PlanInputs(subject=OpenModel(model), model=model, batches=BATCHES), config)
+        planned(model)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,39 @@ def test_merged_stock_models_reopen_and_export_or_say_why_not(family: str, tmp_p
     assert torch.equal(logits(moestro.load(tmp_path / "remapped")), logits(other))
     with pytest.raises(moestro.MoestroError, match="its router is RemapRouter"):
         moestro.export(other, tmp_path / "no")
-    for method in (MERGE, "compress.prune_experts"):
-        with pytest.raises(PlanError, match="merged experts under a remapped router"):
-            planned(method, other, keep=3, allow_starved=True)
+    with pytest.raises(PlanError, match=r"merged experts under a remapped router.*use router=remap"):
+        planned(MERGE, other, keep=3, router="mean", allow_starved=True)
+    with pytest.raises(PlanError, match=r"merged experts under a remapped router.*use similarity=router_logits"):
+        planned(MERGE, other, keep=3, similarity="router_weight", allow_starved=True)
+
+
+@pytest.mark.parametrize("method", [MERGE, "compress.uncurl", "compress.prune_experts"])
+def test_a_merged_model_can_be_cut_down_again(method: str, tmp_path: Path) -> None:
+    """From six experts to four under a remapped router, then to three or two; it reopens with the same logits."""
+    model = opened("olmoe", tmp_path)  # each token makes three choices
+    applied(MERGE, model, keep=4, allow_starved=True)
+    merged = [layer.router.mapping for layer in layers_of(model)]
+    receipt = applied(method, model, keep=3, allow_starved=True)
+    layers = layers_of(model)
+    assert [layer.bank.num_experts for layer in layers] == [3, 3]
+    for layer, before in zip(layers, merged, strict=True):
+        choices = len(layer.router.mapping)
+        assert (choices == 6) if method != "compress.prune_experts" else (3 <= choices < 6)
+        assert choices == layer.router.inner.num_experts <= len(before)
+    assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"]
+    moestro.save(model, tmp_path / "again")
+    assert torch.equal(logits(moestro.load(tmp_path / "again")), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), logits(model))
+
+
+def test_what_pruning_cannot_ask_of_a_remapped_router(tmp_path: Path) -> None:
+    model = opened("olmoe", tmp_path)
+    applied(MERGE, model, keep=4, allow_starved=True)
+    for criterion in ("router_norm", "reconstruction"):
+        with pytest.raises(PlanError, match=rf"criterion={criterion} asks for it, use criterion=reap"):
+            planned("compress.prune_experts", model, keep=3, criterion=criterion)
+    # Each token makes three choices: one expert is enough only if three rows lead to it.
+    smallest = min(max(layer.router.mapping.count(e) for e in range(4)) for layer in layers_of(model))
+    assert smallest < 3, "else this says nothing"
+    with pytest.raises(PlanError, match=r"keep=1 leaves 1 of 4 experts, but each token chooses 3; keep at least 2"):
+        planned("compress.prune_experts", model, keep=1, criterion="random")

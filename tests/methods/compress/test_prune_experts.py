@@ -96,11 +96,21 @@ def test_router_norm_needs_no_data_and_is_the_length_of_a_row() -> None:
 def test_a_broken_expert_is_named_and_not_kept_as_the_best() -> None:
     model = mixture("llama", experts=5, top_k=2)
     with torch.no_grad():
+        whole = layers_of(model)[-1].bank.down_proj.clone()
         layers_of(model)[-1].bank.down_proj[3] = torch.nan
+    for criterion in ("random", "reap"):
+        with pytest.raises(
+            PlanError, match=r"down_proj: \d+ of \d+ weights are NaN or infinite; repair the checkpoint"
+        ):
+            planned(PRUNE, model, criterion=criterion, keep=4, allow_starved=True)
+    measured = calibrate(model, batches(), outputs=True, sample=16, allow_starved=True)
+    with torch.no_grad():
+        layers_of(model)[-1].bank.down_proj.copy_(whole)
     for criterion in ("output_norm", "reap", "reconstruction"):
         with pytest.raises(PlanError, match=rf"layer 1: the {criterion} of \d of 5 experts is NaN"):
-            planned(PRUNE, model, criterion=criterion, keep=4, allow_starved=True)
-    assert planned(PRUNE, model, criterion="frequency", keep=4, allow_starved=True).notes["removed"] == 2
+            make_plan(PRUNE, model, {"criterion": criterion, "keep": 4}, statistics={"experts": measured})
+    found = make_plan(PRUNE, model, {"criterion": "frequency", "keep": 4}, statistics={"experts": measured})
+    assert found.notes["removed"] == 2
 
 
 def test_reconstruction_refuses_a_router_that_chooses_groups_first(tmp_path: Path) -> None:

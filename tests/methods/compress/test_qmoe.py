@@ -217,7 +217,7 @@ def test_saved_packed_models_are_the_same_model(tmp_path: Path) -> None:
 
 def test_half_precision_and_a_single_token() -> None:
     model = mixture().bfloat16()
-    receipt = surgery.apply(model, plan_of(model), calib=[ids(1, 1)])
+    receipt = surgery.apply(model, plan_of(model, allow_starved=True), calib=[ids(1, 1)])
     assert len(receipt["layers"][0]["starved"]) == 2
     bank = layers_of(model)[0].bank
     assert bank.parts(0, "up")["codes"].dtype == torch.uint16
@@ -256,7 +256,7 @@ def test_settings_that_cannot_work(config: dict[str, Any], words: str) -> None:
 def test_rounding_is_as_the_settings_say() -> None:
     settings = {
         "percdamp": 0.3, "blocksize": 7, "expert_group": 3, "max_tokens_mul": 2.5, "gate_weighted": True,
-        "skip_tokens": (4, 9), "skip": "both", "skip_unlabelled": True,
+        "skip_tokens": (4, 9), "skip": "both", "skip_unlabelled": True, "least": 3, "allow_starved": False,
     }  # fmt: skip
     made = USE.entry("rounding")(USE.configure(settings))
     expected = {"batch" if name == "expert_group" else name: value for name, value in settings.items()}
@@ -280,3 +280,18 @@ def test_models_that_cannot_be_packed() -> None:
     with pytest.raises(PlanError, match=r"layer 1 expert 2 projection down: 1 of .* weights are NaN"):
         surgery.apply(model, plan, calib=BATCHES)
     assert USE.module.streams(USE.configure({}))
+
+
+def test_a_layer_of_which_half_starves_is_refused_before_the_first_is_packed() -> None:
+    """An open model is left as it was; asked for, the starved are rounded to the nearest and named."""
+    model = mixture()
+    one = [{"input_ids": ids(1, 1)}]  # one token chooses two of four
+    before = snapshot(model)
+    plan = plan_of(model, up="uint2", down="uint2")
+    with pytest.raises(PlanError, match=r"\(as routed\) gives 2 of 4 experts of model\.layers\.0\.mlp fewer than 1"):
+        surgery.apply(model, plan, calib=one)
+    assert_untouched(model, before)
+    plan = plan_of(model, up="uint2", down="uint2", allow_starved=True)
+    receipt = surgery.apply(model, plan, calib=one)
+    assert [len(row["starved"]) for row in receipt["layers"]] == [2, 2]
+    assert "4 experts saw no calibration token" in receipt["warnings"][0]

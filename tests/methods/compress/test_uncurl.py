@@ -1,5 +1,6 @@
 """UNCURL: what the router treats alike becomes one expert."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -99,3 +100,23 @@ def test_another_task_gives_another_small_model() -> None:
     assert groups[0] != groups[1]
     assert all(sum(len(members) for members in layer) == 6 and all(layer) for g in groups for layer in g.values())
     assert plans[0].notes["calibration"]["data"] != plans[1].notes["calibration"]["data"]
+
+
+def test_sequential_statistics_are_those_behind_merged_layers() -> None:
+    """Layer 1 is grouped by what it sees once layer 0 is merged; layer 0 and all weights are as before."""
+    model = mixture("llama", experts=6)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    once = planned(UNCURL, model, keep=3, allow_starved=True)
+    plan = planned(UNCURL, model, keep=3, sequential=True, allow_starved=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert plan.layers[0] == once.layers[0]
+    assert plan.model_hash == once.model_hash
+    # By hand: merge the first layer, measure anew, plan the second.
+    behind = copy.deepcopy(model)
+    first = once.model_copy(update={"layers": once.layers[:1]})
+    surgery.apply(behind, first)
+    by_hand = planned(UNCURL, behind, keep=3, layers=[1], allow_starved=True)
+    assert plan.layers[1] == by_hand.layers[0]
+    assert plan.layers[1] != once.layers[1], "what the second layer sees has changed"
+    surgery.apply(model, plan)
+    assert [layer.bank.num_experts for layer in layers_of(model)] == [3, 3]

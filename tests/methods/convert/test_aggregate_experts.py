@@ -17,7 +17,7 @@ from moestro.core.registry import method
 from moestro.core.routing import Scores
 from moestro.core.session import Edit, session
 from moestro.data.tokens import byte_tokenizer
-from moestro.methods.convert.aggregate_experts import related
+from moestro.methods.convert._parts.origin import related
 from moestro.models.load import load
 from moestro.models.save import save
 from moestro.surgery.opened import OpenModel

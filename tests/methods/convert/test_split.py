@@ -11,7 +11,7 @@ from moestro import surgery
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import PlanInputs
 from moestro.core.registry import method
-from moestro.methods.convert.split import gram_of_activations, gram_of_weights
+from moestro.methods.convert._parts.slices import gram_of_activations, gram_of_weights
 from moestro.surgery.opened import OpenModel
 from moestro.surgery.parity import AllOn
 from moestro.testing.tiny import tiny_model

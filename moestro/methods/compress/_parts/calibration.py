@@ -1,7 +1,8 @@
 """What methods of the stage ask of calibration, and how many experts they leave."""
 
 import math
-from typing import Annotated, Any
+from collections import Counter
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,22 +23,21 @@ Keep = Annotated[int | float, AfterValidator(_count_or_share)]
 """How many experts a layer has afterwards: a whole number, or a share of those it has."""
 
 
-class Calibrated(Config):
-    """Settings that methods of the stage share.
+class Counted(Config):
+    """What calibration counts, for methods that take every mixture.
 
     Attributes:
-        layers: which mixtures. policy, raise_to: whom a calibration token counts for. least: tokens below which an
-            expert is starved. allow_starved: go on with half or more of a layer's experts starved.
+        policy, raise_to: whom a calibration token counts for. least: tokens below which an expert is starved.
+            allow_starved: go on with half or more of a layer's experts starved.
     """
 
-    layers: Layers = "all"
     policy: Policy = "natural"
     raise_to: int | None = Field(default=None, ge=1)
     least: int = Field(default=1, ge=1)
     allow_starved: bool = False
 
     @model_validator(mode="after")
-    def _policy_fits(self) -> "Calibrated":
+    def _policy_fits(self) -> Self:
         if (self.policy == "raised") != (self.raise_to is not None):
             raise ConfigError(f"policy={self.policy} with raise_to={self.raise_to}; raise_to goes with policy=raised")
         return self
@@ -46,6 +46,12 @@ class Calibrated(Config):
         """What ``statistics`` returns: the experts' statistics with these settings and further wishes."""
         shared = {name: getattr(self, name) for name in ("policy", "raise_to", "least", "allow_starved")}
         return {"experts": {**shared, **wishes}}
+
+
+class Calibrated(Counted):
+    """The same for methods that take some mixtures. layers: which."""
+
+    layers: Layers = "all"
 
 
 def count_of(there: LayerShape, keep: int | float) -> int:
@@ -61,12 +67,22 @@ def count_of(there: LayerShape, keep: int | float) -> int:
     return count
 
 
-def refuse_remapped(there: LayerShape) -> None:
-    """Raise PlanError for a layer whose experts were merged under a remapped router: no row is an expert's own."""
-    if there.module is not None and there.module.config.get("remap") is not None:
+def remap_of(there: LayerShape) -> list[int] | None:
+    """For each choice of a layer's router its expert, where merging renamed them; None where each has a row."""
+    found: list[int] | None = None if there.module is None else there.module.config.get("remap")
+    return found
+
+
+def refuse_remapped(there: LayerShape, what: str) -> None:
+    """Raise PlanError for a layer whose experts were merged under a remapped router: no row is an expert's own.
+
+    Args:
+        what: needs a row for each expert, and what to use instead.
+    """
+    if remap_of(there) is not None:
         raise PlanError(
             f"layer {there.layer} holds merged experts under a remapped router, which has no row for each expert; "
-            "start from the model before merging, or merge with router=mean or router=rows"
+            f"{what}"
         )
 
 
@@ -74,6 +90,17 @@ def groups_of(there: LayerShape) -> int:
     """Groups of equal size that a layer's router chooses among first; 1 where it has none."""
     found: int = _router(there).get("num_groups", 1)
     return found
+
+
+def check_choices(there: LayerShape, kept: list[int]) -> None:
+    """Raise PlanError unless a remapped router keeps as many choices as a token makes."""
+    remap = remap_of(there)
+    left = 0 if remap is None else sum(expert in kept for expert in remap)
+    if remap is not None and left < (there.top_k or 1):
+        raise PlanError(
+            f"layer {there.layer}: its remapped router keeps {left} choices with experts {kept}, but each token makes "
+            f"{there.top_k}; keep more experts"
+        )
 
 
 def check_groups(there: LayerShape, count: int) -> None:
@@ -88,7 +115,14 @@ def check_groups(there: LayerShape, count: int) -> None:
 
 
 def least_of(there: LayerShape) -> int:
-    """Fewest experts that a layer's router can choose among: the groups it keeps must hold as many as it chooses."""
+    """Fewest experts that a layer's router can choose among: the groups it keeps must hold as many as it chooses.
+
+    Under a remapped router several of its choices may lead to one expert: the fewest that enough choices lead to.
+    """
+    remap = remap_of(there)
+    if remap is not None:
+        sizes = sorted(Counter(remap).values(), reverse=True)
+        return next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= (there.top_k or 1))
     groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
     if groups == 1:
         return there.top_k or 1

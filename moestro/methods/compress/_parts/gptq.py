@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from moestro.core.errors import ConfigError
 from moestro.core.layer import mixture_layers
 from moestro.observe import LayerStats, layerwise, statistics
+from moestro.observe.policy import Policy
 from moestro.ops.formats import Format, Packing, Params, check_packing, format_named, nearest
 from moestro.surgery.rounding import Batches, Seen, Visit
 
@@ -150,12 +151,15 @@ class GPTQ:
     A matrix of the format ``wide`` has no codes to make up for.
 
     Attributes:
-        percdamp, blocksize: see ``batched_gptq``. batch: matrices rounded together.
+        percdamp, blocksize: see ``batched_gptq``. batch: matrices rounded together. policy, raise_to: whom a token
+            counts for.
     """
 
     percdamp: float = 0.01
     blocksize: int = 128
     batch: int = 16
+    policy: Policy = "natural"
+    raise_to: int | None = None
     calibrates: bool = True
 
     def walk(
@@ -167,7 +171,9 @@ class GPTQ:
             inside = [site for site in mixture_layers(step.block) if site in by_site]
             if not inside:
                 continue
-            with statistics(step.block, gram=True, hidden_gram=True) as stats:
+            with statistics(
+                step.block, gram=True, hidden_gram=True, policy=self.policy, raise_to=self.raise_to
+            ) as stats:
                 step.run(keep=False)
             for site in inside:
                 yield by_site[site], seen_of(stats[site])

@@ -1,11 +1,16 @@
 """From groups of experts to a plan that merges each into one."""
 
+import copy
+import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
+from moestro import surgery
 from moestro.core.errors import ConfigError, PlanError
 from moestro.core.inputs import LayerShape, PlanInputs
 from moestro.core.plan import ExpertPlan
@@ -19,6 +24,7 @@ from moestro.methods.compress._parts.calibration import (
     refuse_remapped,
 )
 from moestro.methods.compress._parts.grouping import Array, Grouping, Similarity, affinity, group
+from moestro.observe import calibrate
 from moestro.surgery.choice import choose
 from moestro.surgery.experts import generator
 from moestro.surgery.plans import merge, prune
@@ -34,6 +40,7 @@ class Merging(Calibrated):
     weighting: Literal["usage", "equal"] = "usage"
     router: Literal["remap", "mean", "rows"] = "remap"
     sample: int = Field(default=512, ge=2)
+    sequential: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> "Merging":
@@ -53,37 +60,80 @@ def usage_of(inputs: PlanInputs, there: LayerShape) -> Array:
     return counts
 
 
+def check_merging(inputs: PlanInputs, config: Merging) -> None:
+    """Refuse what needs no measurement to be refused.
+
+    Raises:
+        PlanError: no mixtures, more experts than there are, or fewer than the router chooses and rows to choose them.
+    """
+    for there in choose(inputs.shape, config.layers, dense=False):
+        count = count_of(there, config.keep)
+        if config.similarity == "router_weight" and config.grouping != "random":
+            refuse_remapped(there, "similarity=router_weight asks for it, use similarity=router_logits")
+        if config.router == "remap":
+            continue
+        refuse_remapped(there, f"router={config.router} has no meaning there, use router=remap")
+        if count < least_of(there):
+            raise PlanError(
+                f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
+                f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
+            )
+        check_groups(there, count)
+
+
 def merged(inputs: PlanInputs, config: Merging, method: str) -> ExpertPlan:
     """The plan of a merger: the most used member of each group is the reference that the others are aligned to.
 
     Raises:
         PlanError: no mixtures, fewer experts than the router chooses, statistics that were not measured.
     """
+    check_merging(inputs, config)
     chosen = choose(inputs.shape, config.layers, dense=False)
     weights: dict[int, list[dict[int, float]]] = {}
     orders: dict[int, dict[int, list[int]]] = {}
-    for there in chosen:
-        refuse_remapped(there)
-        count = count_of(there, config.keep)
-        if config.router != "remap" and count < least_of(there):
-            raise PlanError(
-                f"layer {there.layer}: keep={config.keep} leaves {count} experts, but each token chooses "
-                f"{there.top_k}; keep at least {least_of(there)}, or use router=remap"
-            )
-        if config.router != "remap":
-            check_groups(there, count)
-        usage = usage_of(inputs, there)
-        alike = np.eye(len(usage)) if config.grouping == "random" else affinity(inputs, there, config.similarity)
-        seed = int(torch.randint(2**31, (1,), generator=generator(inputs.seed, there.layer, "merge")))
-        groups = [
-            sorted(members, key=lambda expert: (-usage[expert], expert))
-            for members in group(alike, count, config.grouping, usage, seed)
-        ]
-        sample = inputs.statistic("experts", there.layer).sample
-        input_TD = None if sample is None else sample.input_TD
-        orders[there.layer] = permutations(inputs.subject, there, groups, config.align, input_TD)
-        weights[there.layer] = [shares(members, usage, config.weighting) for members in groups]
+    for there, seen, behind in _walk(inputs, config, chosen):
+        layer = there.layer
+        weights[layer], orders[layer] = _groups(seen, config, there)
+        if behind is not None:
+            now = _plan(inputs, config, method, [there], {layer: weights[layer]}, {layer: orders[layer]})
+            surgery.apply(behind, now.model_copy(update={"model_hash": None}))
     return _plan(inputs, config, method, chosen, weights, orders)
+
+
+def _walk(
+    inputs: PlanInputs, config: Merging, chosen: list[LayerShape]
+) -> Iterator[tuple[LayerShape, PlanInputs, nn.Module | None]]:
+    """Every layer with the statistics its groups come from: those of the model as it is, or with ``sequential`` those
+    of a copy, which comes along so that the layer is merged there before the next one is measured.
+    """
+    if not config.sequential:
+        yield from ((there, inputs, None) for there in chosen)
+        return
+    if inputs.model is None or inputs.batches is None:
+        raise PlanError("sequential=true measures each layer behind merged ones; give an open model and data")
+    behind, seen = copy.deepcopy(inputs.model), inputs
+    for number, there in enumerate(chosen):
+        if number:
+            found = calibrate(behind, inputs.batches, **config.wishes()["experts"])
+            seen = dataclasses.replace(inputs, statistics={**inputs.statistics, "experts": found})
+        yield there, seen, behind
+
+
+def _groups(
+    inputs: PlanInputs, config: Merging, there: LayerShape
+) -> tuple[list[dict[int, float]], dict[int, list[int]]]:
+    """Groups of a layer with the weights of their members, and the order of each expert's inner units."""
+    count, usage = count_of(there, config.keep), usage_of(inputs, there)
+    alike = np.eye(len(usage)) if config.grouping == "random" else affinity(inputs, there, config.similarity)
+    seed = int(torch.randint(2**31, (1,), generator=generator(inputs.seed, there.layer, "merge")))
+    groups = [
+        sorted(members, key=lambda expert: (-usage[expert], expert))
+        for members in group(alike, count, config.grouping, usage, seed)
+    ]
+    sample = inputs.statistic("experts", there.layer).sample
+    input_TD = None if sample is None else sample.input_TD
+    orders = permutations(inputs.subject, there, groups, config.align, input_TD)
+    return [shares(members, usage, config.weighting) for members in groups], orders
 
 
 def shares(members: list[int], usage: Array, weighting: Literal["usage", "equal"]) -> dict[int, float]:

@@ -1,15 +1,15 @@
 """What packing one expert alone would do to its layer: measured on the layer's own inputs, one block at a time.
 
-    eps_ij = sum over batches of || y(i in j bits) - y ||_F     over the tokens of a batch
+    eps_ij = sum over batches of || y(i in j bits) - y ||_F     over the tokens of a batch that count for expert i
 
 Routers read the layer's input, which stays as it is, so only the rows of expert i change: the difference is the
-weighted difference of that expert's outputs, and E times J full forwards of the block are not needed.
+weighted difference of that expert's outputs, and E times J full forwards of the block are not needed. A policy other
+than ``natural`` adds tokens that would reach an expert if more were chosen, under the weights they would have then.
 
 Source: MC-MoE (2410.06270, section 3.2), read as its code does: the output of the mixture block, not of the model.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,24 +23,9 @@ from moestro.core.layer import MoELayer, mixture_layers
 from moestro.core.routing import Routing
 from moestro.core.session import session
 from moestro.observe import layerwise
-from moestro.observe.statistics import gates_TC
+from moestro.observe.policy import Policy, counted
 from moestro.ops.formats import Packing, check_packing, dequantise, quantise
 from moestro.surgery.rounding import Batches
-
-
-@dataclass
-class Importance:
-    """Of one layer, by expert.
-
-    Attributes:
-        count_E: tokens that chose it, int64. weight_E: sum of its gates before renormalisation, float64.
-        eps_EJ: float64, for each packing how far the layer's routed output moves. tokens: valid tokens seen.
-    """
-
-    count_E: Tensor
-    weight_E: Tensor
-    eps_EJ: Tensor
-    tokens: int
 
 
 Matrices = Mapping[str, Tensor]
@@ -70,19 +55,28 @@ class _Taken:
 
 
 @torch.no_grad()
-def importance(
-    model: nn.Module, batches: Batches, layers: Sequence[int], packings: Sequence[Packing]
-) -> dict[int, Importance]:
-    """Frequency, weight and sensitivity of the experts of some layers, on the float model.
+def sensitivity(
+    model: nn.Module,
+    batches: Batches,
+    layers: Sequence[int],
+    packings: Sequence[Packing],
+    *,
+    policy: Policy = "natural",
+    raise_to: int | None = None,
+) -> dict[int, Tensor]:
+    """How far the output of some layers moves with each packing of each expert alone, on the float model.
 
     Args:
         batches: arguments of the model's forward. layers: indices of blocks, all of them mixtures of float experts.
-        packings: a group wider than a row means the whole row.
+        packings: a group wider than a row means the whole row. policy, raise_to: whom a token counts for.
+
+    Returns:
+        eps_EJ by layer, float64; 0 for an expert that no token counts for.
 
     Raises:
         PlanError: an output that is not finite.
     """
-    found: dict[int, Importance] = {}
+    found: dict[int, Tensor] = {}
     for step in layerwise(model, batches):
         inside = [layer for layer in mixture_layers(step.block).values() if step.index in layers]
         if not inside:
@@ -92,39 +86,29 @@ def importance(
         taken = _Taken(layer)
         with session(recorder=taken, keeps=["input"]):
             step.run()
-        found[step.index] = _of_layer(layer, taken, packings)
-        if not bool(found[step.index].eps_EJ.isfinite().all()):
+        found[step.index] = _of_layer(layer, taken, packings, (policy, raise_to))
+        if not bool(found[step.index].isfinite().all()):
             raise PlanError(f"layer {step.index}: the sensitivity of an expert is not finite; look for NaN weights")
     return found
 
 
-def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[Packing]) -> Importance:
+def _of_layer(layer: MoELayer, taken: _Taken, packings: Sequence[Packing], policy: tuple[Policy, int | None]) -> Tensor:
     bank = layer.bank
     assert isinstance(bank, StackedFFN)
-    experts = bank.num_experts
-    result = Importance(
-        torch.zeros(experts, dtype=torch.int64),
-        torch.zeros(experts, dtype=torch.float64),
-        torch.zeros(experts, len(packings), dtype=torch.float64),
-        0,
-    )
-    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(experts)]
+    eps_EJ = torch.zeros(bank.num_experts, len(packings), dtype=torch.float64)
+    rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(bank.num_experts)]
     for x_TD, routing, valid_T in taken.seen:
-        real = routing.real()
+        real = counted(layer.site, layer.router, routing, *policy)
         live_N = valid_T[real.token_N]
         token_N, expert_N, weight_N = real.token_N[live_N], real.expert_N[live_N], real.weight_N[live_N]
-        gate_N = weight_N if routing.scores is None else gates_TC(routing.scores)[token_N, expert_N]
-        result.tokens += int(valid_T.sum())
-        result.count_E += torch.bincount(expert_N, minlength=experts).cpu()
-        result.weight_E.index_add_(0, expert_N.cpu(), gate_N.double().cpu())
         narrow_TD = x_TD if layer.pre is None else layer.pre(x_TD)
         for expert in sorted(set(expert_N.tolist())):
             mine_N = expert_N == expert
             rows[expert].append((narrow_TD[token_N[mine_N]].float(), weight_N[mine_N].float()))
     for expert, parts in enumerate(rows):
         if parts:
-            result.eps_EJ[expert] = _moved(bank, expert, parts, packings)
-    return result
+            eps_EJ[expert] = _moved(bank, expert, parts, packings)
+    return eps_EJ
 
 
 def _moved(

@@ -28,7 +28,7 @@ from moestro.core.routing import Routing
 from moestro.core.session import session
 from moestro.core.tokens import Tokens
 from moestro.methods.compress._parts.gptq import GPTQ
-from moestro.observe import layerwise
+from moestro.observe import calibrate, coverage, layerwise
 from moestro.observe.statistics import hidden_rows
 from moestro.surgery.rounding import Batches, Seen, Visit
 
@@ -120,6 +120,9 @@ class Streaming(GPTQ):
             that each of E experts would get under an even load. gate_weighted: weigh rows by the square of their
             routing weight. skip_tokens: ids that are left out ``at`` their own position, ``before`` it, or both.
             skip_unlabelled: leave out positions whose label is -100, as chat templates mark prompts.
+        least: tokens below which an expert is starved. allow_starved: go on with half or more of a layer's experts
+            starved. Of an open model all layers are counted before the first is packed; from a disk, which is read
+            once, each layer when its turn comes.
     """
 
     percdamp: float = 0.1
@@ -128,6 +131,8 @@ class Streaming(GPTQ):
     skip_tokens: tuple[int, ...] = ()
     skip: Literal["at", "before", "both"] = "at"
     skip_unlabelled: bool = False
+    least: int = 1
+    allow_starved: bool = True
 
     def walk(
         self, model: nn.Module, batches: Batches, layers: Mapping[int, str], enter: Visit | None, leave: Visit | None
@@ -135,10 +140,15 @@ class Streaming(GPTQ):
         """See Rounding.
 
         Raises:
-            PlanError: positions cannot be told apart as the settings ask.
+            PlanError: positions cannot be told apart as the settings ask, or half of a layer's experts are starved.
         """
         if self.skip_unlabelled:
             _check_labels(model, batches)
+        if enter is None and not self.allow_starved:
+            found = calibrate(model, batches, least=self.least, allow_starved=True)
+            for row in found.coverage():
+                if row.poor:
+                    raise row.refusal(found.stats.num_tokens, "as routed")
         by_site = {site: layer for layer, site in layers.items()}
         for step in layerwise(model, batches, enter=enter, leave=leave):
             inside = {site: layer for site, layer in mixture_layers(step.block).items() if site in by_site}
@@ -146,7 +156,11 @@ class Streaming(GPTQ):
                 filler = _Filler(layer, self, batches)
                 with session(recorder=filler, keeps=["input"]):
                     step.run(keep=False)
-                yield by_site[site], self.seen(layer, filler.buffer())
+                buffer = filler.buffer()
+                (row,) = coverage({site: buffer.count_E}, self.least)
+                if enter is not None and row.poor and not self.allow_starved:
+                    raise row.refusal(len(buffer.x_TD), "as routed")
+                yield by_site[site], self.seen(layer, buffer)
 
     def seen(self, layer: MoELayer, buffer: TokenBuffer) -> Seen:
         """What surgery asks for while it packs the layer; the layer's own experts are still floats then."""

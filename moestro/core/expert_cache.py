@@ -1,0 +1,179 @@
+"""A cache of experts under a budget of bytes: who is in it, who must stay, who goes.
+
+The same objects run in the simulator and in the engine's store, so that both evict the same experts. Items are opaque
+(key, bytes): an expert, a layer or a whole model. Light: nothing heavy is imported.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Protocol, runtime_checkable
+
+from moestro.core.errors import ConfigError
+
+
+Key = tuple[int, int]
+"""(layer, expert); policies only compare keys."""
+
+
+class CachePolicy(Protocol):
+    """Decides who goes. Times are numbers of steps, one for each layer that runs, growing; several keys share one."""
+
+    def on_access(self, key: Key, time: int) -> None:
+        """A key is needed now, whether or not it is in the cache."""
+
+    def on_insert(self, key: Key, time: int) -> None:
+        """A key came into the cache, because it was needed or ahead of need."""
+
+    def on_evict(self, key: Key) -> None:
+        """A key left the cache."""
+
+    def victim(self, candidates: Collection[Key]) -> Key:
+        """One of the candidates, none of which is needed now; the same whatever their order."""
+
+    def admit(self, key: Key) -> bool:
+        """Whether a key that was just read shall be kept; one that shall not goes before any other."""
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A policy that learns from what was needed in the past."""
+
+    def learn(self, steps: Iterable[Sequence[Key]]) -> None:
+        """Recorded steps, each the keys that one layer needed."""
+
+
+@runtime_checkable
+class Oracle(Protocol):
+    """A policy that must be told what will be needed."""
+
+    def foresee(self, steps: Iterable[Sequence[Key]], start: int = 0) -> None:
+        """What the steps ``start``, ``start + 1`` ... will need; more may be told later."""
+
+
+class ExpertCache:
+    """Who is resident, within a budget that no event exceeds.
+
+    Args:
+        policy: who goes. budget: bytes.
+
+    Attributes:
+        used: bytes taken. time: number of the current step. resident: key -> bytes.
+    """
+
+    def __init__(self, policy: CachePolicy, budget: int) -> None:
+        if budget < 1:
+            raise ConfigError(f"budget={budget} bytes; a cache needs at least one")
+        self.policy, self.budget = policy, budget
+        self.used = 0
+        self.time = -1
+        self.resident: dict[Key, int] = {}
+        self._held: dict[Key, int] = {}
+        self._passing: dict[Key, None] = {}
+
+    def step(self, keys: Iterable[Key]) -> None:
+        """The next step needs these keys."""
+        self.time += 1
+        for key in keys:
+            self.policy.on_access(key, self.time)
+
+    def hold(self, key: Key) -> None:
+        """Keep a key from being evicted; once for each ``let_go``. Its bytes need not be there yet."""
+        self._held[key] = self._held.get(key, 0) + 1
+
+    def let_go(self, key: Key) -> None:
+        """Undo one ``hold``."""
+        left = self._held[key] - 1
+        if left:
+            self._held[key] = left
+        else:
+            del self._held[key]
+
+    def held(self, key: Key) -> bool:
+        """Whether a key may not be evicted."""
+        return key in self._held
+
+    def held_bytes(self, without: Collection[Key] = ()) -> int:
+        """Bytes in the cache that may not be evicted, but for some keys."""
+        return sum(self.resident.get(key, 0) for key in self._held if key not in without)
+
+    def make_room(self, nbytes: int) -> list[Key] | None:
+        """Evict until ``nbytes`` more fit; the keys that went.
+
+        Returns:
+            None where what is held leaves too little room; nothing is evicted then.
+        """
+        free = self.budget - self.used
+        if free >= nbytes:
+            return []
+        if self.budget - self.held_bytes() < nbytes:
+            return None
+        loose = [key for key in self.resident if key not in self._held]
+        gone: list[Key] = []
+        while free < nbytes:
+            passing = next((key for key in self._passing if key not in self._held), None)
+            key = self.policy.victim(loose) if passing is None else passing
+            loose.remove(key)
+            free += self.resident[key]
+            self._remove(key)
+            gone.append(key)
+        return gone
+
+    def insert(self, key: Key, nbytes: int) -> None:
+        """Take a key in; ``make_room`` came first."""
+        if key in self.resident or self.used + nbytes > self.budget:
+            raise ValueError(f"{key} of {nbytes} bytes does not fit: {self.used} of {self.budget} are used")
+        self.resident[key] = nbytes
+        self.used += nbytes
+        self.policy.on_insert(key, max(self.time, 0))
+        if not self.policy.admit(key):
+            self._passing[key] = None
+
+    def forget(self, key: Key) -> None:
+        """Take a key out whoever holds it, as when its bytes could not be read."""
+        self._held.pop(key, None)
+        self._remove(key)
+
+    def _remove(self, key: Key) -> None:
+        self.used -= self.resident.pop(key)
+        self._passing.pop(key, None)
+        self.policy.on_evict(key)
+
+
+def run_step(cache: ExpertCache, keys: Sequence[Key], nbytes: int) -> int:
+    """One step of equal items: hits stay while misses come; as the store does it.
+
+    Where the step needs more than the budget holds, keys come in waves, residents first.
+
+    Returns:
+        Misses.
+    """
+    cache.step(keys)
+    misses = 0
+    for wave in waves(cache, list(dict.fromkeys(keys)), nbytes):
+        for key in wave:
+            cache.hold(key)
+        for key in wave:
+            if key not in cache.resident:
+                misses += 1
+                if cache.make_room(nbytes) is None:
+                    raise ConfigError(f"budget={cache.budget} bytes is less than one expert of {nbytes}")
+                cache.insert(key, nbytes)
+        for key in wave:
+            cache.let_go(key)
+    return misses
+
+
+def waves(cache: ExpertCache, keys: list[Key], nbytes: int) -> Iterable[list[Key]]:
+    """Keys of one step in parts that fit the budget, those in the cache first; one part where all fit.
+
+    Raises:
+        ConfigError: the budget holds not even one.
+    """
+    at_once = cache.budget // nbytes
+    if at_once < 1:
+        raise ConfigError(f"budget={cache.budget} bytes is less than one expert of {nbytes}")
+    if len(keys) <= at_once:
+        yield keys
+        return
+    left = sorted(keys, key=lambda key: key not in cache.resident)
+    for first in range(0, len(left), at_once):
+        yield left[first : first + at_once]

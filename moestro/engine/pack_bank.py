@@ -1,0 +1,198 @@
+"""The experts of one layer of a checkpoint, expert by expert, as the matrices of a slab."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from moestro.core.errors import ConfigError, LoadError
+from moestro.engine.dialect import VECTOR, LayerSpec, Shape
+from moestro.engine.layout import GROUP, OF_BITS, ZERO, Bytes, matrix_bytes, pack, pack_codes
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from moestro.surgery.disk import Folder
+
+
+class Rows:
+    """A tensor [N, K] of any float type that gives slices of rows as float32 arrays."""
+
+    def __init__(self, tensor: "Tensor") -> None:
+        self.tensor, self.shape = tensor, tuple(tensor.shape)
+
+    def __getitem__(self, rows: slice) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self.tensor[rows].detach().float().numpy()
+        return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """A matrix or bias of an expert: its shape and layout."""
+
+    shape: Shape
+    layout: str
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return 4 * self.shape[0] if self.layout == VECTOR else matrix_bytes(self.layout, *self.shape)
+
+
+def bank_at(folder: "Folder", path: str, module: "nn.Module", bits: int) -> "BankReader | None":
+    """The experts of a mixture, or None where they are no plain feed-forwards or something changes what they do."""
+    from moestro.core.bank import StackedFFN
+    from moestro.core.dispatch import LocalDispatcher
+    from moestro.core.layer import MoELayer, add_shared
+    from moestro.core.packed import PackedFFN
+    from moestro.core.remap import RemapRouter
+
+    if not isinstance(module, MoELayer) or type(module.bank) not in (StackedFFN, PackedFFN):
+        return None
+    plain = module.pre is None and module.post is None and module.combine is add_shared
+    if not plain or type(module.dispatcher) is not LocalDispatcher or isinstance(module.router, RemapRouter):
+        return None
+    if module.router.num_null or module.bank.out != module.bank.dim:
+        return None
+    return BankReader(folder, f"{path}.bank", module.bank, bits)
+
+
+class BankReader:
+    """See the top of the file.
+
+    Args:
+        path: of the bank in the model. bank: without storage. bits: of matrices that are floats now, and of those whose
+            codes no layout holds.
+
+    Attributes:
+        rounded: projections whose packed matrices are dequantised and rounded again.
+    """
+
+    def __init__(self, folder: "Folder", path: str, bank: Any, bits: int) -> None:
+        self.folder, self.path, self.bank = folder, path, bank
+        self.bits = bits
+        self.num = bank.num_experts
+        self.bias = bank.up_bias is not None
+        self.projections: tuple[str, ...] = bank.projections
+        self.rounded: list[str] = []
+        self.layouts = {name: self._layout(name) for name in bank.projections}
+
+    def layer(self, site: str) -> LayerSpec:
+        """The settings of a layer with these experts."""
+        bank = self.bank
+        form: dict[str, Any] = {"gated": bank.gated, "bias": self.bias, "activation": bank.activation}
+        return LayerSpec(experts=self.num, inner=bank.inner, site=site, **form)
+
+    def parts(self) -> dict[str, Part]:
+        """An expert's parts in the order of its slab."""
+        shapes = self.layer("").parts(self.bank.dim)
+        return {name: Part(shape, self.layouts.get(name, VECTOR)) for name, shape in shapes.items()}
+
+    def names(self) -> set[str]:
+        """Tensors of the checkpoint that these experts are made of."""
+        return {name for name in self.folder.entries if name.startswith(f"{self.path}.")}
+
+    def slot(self, expert: int, name: str) -> tuple[str, Any]:
+        """Name of the tensor, and the index of the part of it, that holds a matrix or bias of a float bank."""
+        projection, bias, _ = name.partition("_bias")
+        bank = self.bank
+        if projection == "down":
+            return f"{self.path}.down_proj{bias}", (expert,)
+        if not bank.gated:
+            return f"{self.path}.up_proj{bias}", (expert,)
+        half = slice(0, bank.inner) if projection == "gate" else slice(bank.inner, 2 * bank.inner)
+        return f"{self.path}.gate_up_proj{bias}", (expert, half)
+
+    def store(self, expert: int, name: str, out: Bytes) -> None:
+        """Write a part into its place in a slab.
+
+        Raises:
+            LoadError: a weight is NaN, infinite, or too large for the layout.
+        """
+        part = self.parts()[name]
+        try:
+            if part.layout == VECTOR:
+                out[:] = np.ascontiguousarray(self._float(expert, name).float().numpy()).view(np.uint8)
+            elif self._is_packed() and name not in self.rounded:
+                out[:] = self._codes(expert, name, part)
+            else:
+                pack(Rows(self._float(expert, name)), part.layout, out)
+        except ConfigError as error:
+            raise LoadError(f"{self.folder.name}: {self.path} expert {expert} {name}: {error}") from None
+
+    def weight(self, expert: int, name: str) -> npt.NDArray[np.float32]:
+        """A matrix as the checkpoint has it, float32 [out, in]."""
+        found: npt.NDArray[np.float32] = self._float(expert, name).detach().float().numpy()
+        return found
+
+    def _is_packed(self) -> bool:
+        return hasattr(self.bank, "packings")
+
+    def _float(self, expert: int, name: str) -> "Tensor":
+        from moestro.ops.formats import dequantise
+
+        if self._is_packed() and not name.endswith("_bias"):
+            used = self.bank.packings[name][expert]
+            return dequantise(self._stored(expert, name), self.bank.shape(name), used)
+        leaf, index = self.slot(expert, name)
+        return self.folder.tensor(leaf)[index]
+
+    def _stored(self, expert: int, name: str) -> "dict[str, Tensor]":
+        """The stored tensors of a packed matrix."""
+        number, place = self.bank._where[name][expert]
+        parts = self.bank.parts(expert, name)
+        return {part: self.folder.tensor(f"{self.path}.{name}_{number}_{part}")[place] for part in parts}
+
+    # -- packed banks: codes move as they are where a layout holds them --------------------------------------------
+
+    def _layout(self, name: str) -> str:
+        """The layout of a projection: that of its codes, or of ``bits``."""
+        wanted = OF_BITS[self.bits]
+        if not self._is_packed():
+            return wanted
+        used = set(self.bank.packings[name])
+        if all(_holds(one, self.bank.shape(name)[1]) for one in used):
+            words = {one.format for one in used}
+            own = {"int8": "q8", "int4": "q4", "int3": "q3", "uint3": "q3", "int2": "q2", "uint2": "q2"}
+            if len(words) == 1 and next(iter(words)) in own:
+                return own[next(iter(words))]
+            if not words & {"uint8"}:
+                # Steps from zero: at most 7 either way for 3 bits and fewer, 15 for uint4; a wider layout holds them.
+                return "q8" if words & {"int8", "uint4"} else "q4"
+        self.rounded.append(name)
+        return wanted
+
+    def _codes(self, expert: int, name: str, part: Part) -> Bytes:
+        """A packed matrix in its layout: the same steps times the same scales, rounded to float16."""
+        from moestro.ops.formats import format_named
+
+        used = self.bank.packings[name][expert]
+        codes, params = format_named(used.format).unpack(self._stored(expert, name), part.shape, used)
+        own = int(used.format.lstrip("uint"))
+        groups = -(-part.shape[1] // GROUP)
+        scale = _spread(params["scale"].numpy(), used.group, groups)
+        if used.format.startswith("u"):
+            zero = _spread(params["zero"].numpy(), used.group, groups).astype(np.int16)
+        else:
+            zero = np.full(scale.shape, 1 << (own - 1), dtype=np.int16)
+        if np.abs(scale).max() > np.finfo(np.float16).max:
+            raise ConfigError(f"a scale of {np.abs(scale).max():.3g} does not fit float16")
+        plain = codes.numpy()
+        if part.layout not in ZERO:
+            return pack_codes(plain, scale, zero.astype(np.uint8), part.layout)
+        wide = np.repeat(zero, GROUP, axis=1)[:, : part.shape[1]]
+        return pack_codes((plain - wide + ZERO[part.layout]).astype(np.uint8), scale, None, part.layout)
+
+
+def _holds(used: Any, width: int) -> bool:
+    """Whether groups of 64 can stand for this packing's integers."""
+    integer = used.format.lstrip("u").startswith("int")
+    return integer and (used.group is None or used.group >= width or used.group % GROUP == 0)
+
+
+def _spread(values: npt.NDArray[Any], group: int | None, groups: int) -> npt.NDArray[Any]:
+    """[N, own groups] -> [N, groups of 64] by repetition."""
+    times = groups if group is None or values.shape[1] == 1 else group // GROUP
+    return np.repeat(values, times, axis=1)[:, :groups]

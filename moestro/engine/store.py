@@ -1,0 +1,399 @@
+"""The expert store: slabs on disk, some of them in memory under a hard budget, read by threads of its own.
+
+    with store.acquire(layer, ids) as lease:
+        for part in lease.ready():                     # residents first, then whatever has arrived
+            run(lease.ids[part], lease.pointers[part])
+
+What a lease holds stays where it is until it is released. ``prefetch`` reads ahead: it may evict what nobody holds,
+waits behind every demand, and is dropped when its layer has come and gone.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from moestro.core.errors import ConfigError, StoreError
+from moestro.core.expert_cache import CachePolicy, ExpertCache, Key, waves
+from moestro.engine.lease import PATIENCE_S, Counters, Entry, Ints, Lease
+from moestro.engine.packed import EXPERTS, Packed
+from moestro.engine.slabs import Read, SlabFile, Slots
+
+
+DEMAND: Final = 0
+"""Priority of what is needed now."""
+
+
+class ExpertStore:
+    """See the top of the file. Safe to use from several threads.
+
+    Args:
+        packed: the model. budget_bytes: of slabs in memory; never exceeded. policy: who leaves.
+        readers: threads; two keep a disk busy, more take time from computing. read: stands in for ``os.preadv``.
+        patience_s: see ``PATIENCE_S``.
+
+    Attributes:
+        counters: what happened. cache: who is in memory.
+
+    Raises:
+        ConfigError: the budget holds not even one slab. StoreError: the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        budget_bytes: int,
+        policy: CachePolicy,
+        *,
+        readers: int = 2,
+        read: Read | None = None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        largest = max((there.stride for there in packed.experts.values()), default=0)
+        if budget_bytes < max(largest, 1):
+            raise ConfigError(
+                f"{packed.path}: {budget_bytes:,} bytes for experts, one takes {largest:,}; give more memory"
+            )
+        if readers < 1:
+            raise ConfigError(f"readers={readers}; at least one thread must read")
+        self.packed, self.patience_s, self.readers = packed, patience_s, readers
+        self.cache = ExpertCache(policy, budget_bytes)
+        self.counters = Counters()
+        self._file = SlabFile(packed.path / EXPERTS, packed.files[EXPERTS][0], read)
+        self._slots = Slots()
+        self._entries: dict[Key, Entry] = {}
+        self._ahead: dict[Key, int] = {}  # asked for ahead, not begun: key -> number of the request
+        self._queue: list[tuple[int, int, Any]] = []
+        self._numbers = itertools.count()
+        self._change = threading.Condition()
+        self._running: list[Entry] = []
+        self._since, self._progress = 0.0, time.monotonic()
+        self._closed = False
+        self._alive = self._spare = 0
+        for _ in range(readers):
+            self._start_reader()
+
+    # -- what callers ask for --------------------------------------------------------------------------------------
+
+    def acquire(self, layer: int, ids: Sequence[int] | Ints) -> Lease:
+        """Slabs of one step; returns at once unless others hold what must go.
+
+        Raises:
+            StoreError: they do not fit the budget together (use ``waves``), or room did not come in time.
+        """
+        keys = self._keys(layer, ids)
+        with self._change:
+            self._step(layer, keys)
+            return self._lease(keys)
+
+    def waves(self, layer: int, ids: Sequence[int] | Ints) -> Iterator[Lease]:
+        """Leases that together cover ``ids``, residents first, each as large as the budget allows.
+
+        A lease is released when the next one is asked for.
+        """
+        keys = self._keys(layer, ids)
+        with self._change:
+            self._step(layer, keys)
+            parts = list(waves(self.cache, keys, self.packed.experts[layer].stride))
+        for part in parts:
+            with self._change:
+                lease = self._lease(part)
+            with lease:
+                yield lease
+
+    def prefetch(self, layer: int, ids: Sequence[int] | Ints, priority: int = 1) -> int:
+        """Ask for slabs ahead of need. Among them lower priorities are read first; demands come before all.
+
+        Returns:
+            How many were neither there nor asked for.
+        """
+        asked = 0
+        with self._change:
+            self._check_open()
+            for key in self._keys(layer, ids):
+                if key not in self._entries and key not in self._ahead:
+                    number = next(self._numbers)
+                    self._ahead[key] = number
+                    heapq.heappush(self._queue, (max(priority, 1), number, key))
+                    asked += 1
+            if asked:
+                self._change.notify_all()
+        return asked
+
+    def cancel(self, layer: int | None = None) -> int:
+        """Forget what was asked for ahead (of one layer) and not begun; how many."""
+        with self._change:
+            stale = [key for key in self._ahead if layer in (None, key[0])]
+            for key in stale:
+                del self._ahead[key]
+            self.counters.cancelled += len(stale)
+        return len(stale)
+
+    def close(self) -> None:
+        """Stop the threads and give all memory back. Leases become invalid."""
+        with self._change:
+            if self._closed:
+                return
+            self._closed = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._alive == 0, timeout=self.patience_s)
+            for entry in self._entries.values():
+                if entry.ready or entry.started is None:
+                    self._slots.put(entry.slot)
+            self._entries.clear()
+            self._slots.close()
+
+    def __enter__(self) -> "ExpertStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # -- under the lock --------------------------------------------------------------------------------------------
+
+    def _keys(self, layer: int, ids: Sequence[int] | Ints) -> list[Key]:
+        there = self.packed.experts.get(layer)
+        if there is None:
+            raise ConfigError(f"layer {layer} has no experts; layers {sorted(self.packed.experts)} have")
+        keys = [(layer, int(expert)) for expert in ids]
+        odd = next((key for key in keys if not 0 <= key[1] < there.num), None)
+        if odd is not None or len(set(keys)) != len(keys):
+            what = f"no expert {odd[1]}, it has 0 to {there.num - 1}" if odd else f"ids {list(ids)} name one twice"
+            raise ConfigError(f"layer {layer}: {what}")
+        return keys
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError(f"{self.packed.path}: the store is closed")
+
+    def _step(self, layer: int, keys: list[Key]) -> None:
+        self._check_open()
+        self.cache.step(keys)
+        needed = set(keys)
+        for key in [key for key in self._ahead if key[0] == layer]:
+            del self._ahead[key]
+            self.counters.cancelled += key not in needed
+
+    def _lease(self, keys: list[Key]) -> Lease:
+        """Hold all keys or none; reads of those that are away are begun."""
+        self._give_up_stalled(time.monotonic())
+        deadline = time.monotonic() + self.patience_s
+        while not self._fits(keys):
+            started = time.monotonic()
+            self._change.wait(timeout=max(deadline - started, 0.0))
+            self.counters.waited_s += time.monotonic() - started
+            self._check_open()
+            if time.monotonic() >= deadline and not self._fits(keys):
+                raise StoreError(
+                    f"{self.packed.path}: {len(keys)} experts of layer {keys[0][0]} found no room "
+                    f"in {self.patience_s} s: other requests hold {self.cache.held_bytes():,} bytes of a budget of "
+                    f"{self.cache.budget:,}"
+                )
+        for key in keys:
+            self.cache.hold(key)
+        entries = [self._need(key) for key in keys]
+        self._change.notify_all()
+        ids = np.asarray([expert for _, expert in keys], dtype=np.int32)
+        pointers = np.asarray([entry.slot.address for entry in entries], dtype=np.int64)
+        return Lease(ids, pointers, self, entries)
+
+    def _fits(self, keys: list[Key]) -> bool:
+        """Whether all keys can be in memory at a time, beside what others hold.
+
+        Raises:
+            StoreError: they never can.
+        """
+        mine = set(keys)
+        needed = sum(self.packed.experts[layer].stride for layer, _ in keys)
+        if needed > self.cache.budget:
+            raise StoreError(
+                f"{self.packed.path}: {len(keys)} experts take {needed:,} bytes, the budget is {self.cache.budget:,}; "
+                "ask in waves"
+            )
+        return needed + self.cache.held_bytes(mine) <= self.cache.budget
+
+    def _need(self, key: Key) -> Entry:
+        """The entry of a key that is held and fits."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.counters.misses += 1
+            entry = self._begin(key, ahead=False)
+            heapq.heappush(self._queue, (DEMAND, next(self._numbers), entry))
+        elif entry.ready:
+            self.counters.hits += 1
+        else:
+            self.counters.misses += 1
+            self.counters.joined += 1
+        entry.used = True
+        return entry
+
+    def _begin(self, key: Key, *, ahead: bool) -> Entry:
+        """Take a slot; the caller has made sure that there is room. The read itself holds the key."""
+        size = self.packed.experts[key[0]].stride
+        gone = self.cache.make_room(size)
+        assert gone is not None
+        for old in gone:
+            self._drop(self._entries.pop(old))
+        self.cache.insert(key, size)
+        self.cache.hold(key)
+        slot = self._slots.take(size, self.cache.budget)
+        entry = self._entries[key] = Entry(key, slot, time.monotonic(), ahead)
+        return entry
+
+    def _drop(self, entry: Entry) -> None:
+        if entry.ahead and not entry.used:
+            self.counters.wasted += entry.slot.nbytes
+        self._slots.put(entry.slot)
+
+    def _start_reader(self) -> None:
+        self._alive += 1
+        threading.Thread(target=self._run, name="expert-reader", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                entry = self._next()
+                if entry is None:
+                    self._alive -= 1
+                    if self._closed and self._alive == 0:
+                        self._file.close()
+                    self._change.notify_all()
+                    return
+                entry.started = time.monotonic()
+                if not self._running:
+                    self._since = entry.started
+                self._running.append(entry)
+            error: StoreError | None = None
+            offset, size = self.packed.slab(*entry.key)
+            try:
+                self._file.read(offset, entry.slot.view[:size])
+            except StoreError as found:
+                error = StoreError(str(found))  # without the frames of this one, which look into the slot
+            except Exception as found:  # a fault in the reading thread must reach whoever waits for it
+                error = StoreError(f"{self.packed.path}: reading layer {entry.key[0]} expert {entry.key[1]}: {found!r}")
+            with self._change:
+                self._finish(entry, error)
+
+    def _next(self) -> Entry | None:
+        """What to read next; None when this thread shall end."""
+        while True:
+            if self._closed or self._alive > self.readers + self._spare:
+                return None
+            while self._queue:
+                _, number, work = heapq.heappop(self._queue)
+                if isinstance(work, Entry):
+                    if work.error is None:
+                        return work
+                elif self._ahead.get(work) == number:
+                    del self._ahead[work]
+                    if work not in self._entries and self._room_ahead(work):
+                        return self._begin(work, ahead=True)
+                    self.counters.cancelled += 1
+            self._change.wait()
+
+    def _room_ahead(self, key: Key) -> bool:
+        """Whether there is room beside all that is held."""
+        return self.cache.held_bytes() + self.packed.experts[key[0]].stride <= self.cache.budget
+
+    def _finish(self, entry: Entry, error: StoreError | None) -> None:
+        now = self._progress = time.monotonic()
+        self._running = [other for other in self._running if other is not entry]
+        if not self._running:
+            self.counters.reading_s += now - self._since
+        if entry.error is not None:  # given up on: only now nobody writes into its slot any more
+            self.cache.budget += entry.slot.nbytes
+            self._spare -= 1
+            self._slots.find(entry.slot)
+        elif error is not None:
+            if not self._closed:
+                self._fail(entry, error)
+            self._slots.put(entry.slot)
+        else:
+            entry.ready = True
+            self.counters.bytes += entry.slot.nbytes
+            self.counters.prefetched += entry.ahead
+            if not self._closed:
+                self.cache.let_go(entry.key)
+        if self._closed:
+            if entry.ready:
+                self._slots.put(entry.slot)
+            self._slots.close()
+        self._change.notify_all()
+
+    def _fail(self, entry: Entry, error: StoreError) -> None:
+        """Take an entry out; whoever holds it is told."""
+        entry.error = error
+        self.counters.failed += 1
+        del self._entries[entry.key]
+        self.cache.forget(entry.key)
+
+    def _arrived(self, entries: list[Entry], left: list[int]) -> list[int]:
+        with self._change:
+            started = time.monotonic()
+            while True:
+                self._check_open()
+                failed = next((entries[i].error for i in left if entries[i].error is not None), None)
+                arrived = [index for index in left if entries[index].ready]
+                if failed is None and not arrived:
+                    now = time.monotonic()
+                    late = [entries[i] for i in left if now >= self._deadline(entries[i], started)]
+                    if self._give_up_stalled(now) or late:
+                        for entry in late:
+                            if entry.error is None:
+                                self._give_up(entry)
+                        continue
+                    reads = [entries[i] for i in left] + [e for e in self._running if e.error is None]
+                    self._change.wait(timeout=min(self._deadline(entry, started) for entry in reads) - now)
+                    continue
+                self.counters.waited_s += time.monotonic() - started
+                if failed is not None:
+                    raise StoreError(str(failed))
+                return arrived
+
+    def _deadline(self, entry: Entry, since: float) -> float:
+        """When a read counts as failed: one that runs, after its own time; one that waits, when nothing moves."""
+        start = max(self._progress, since) if entry.started is None else entry.started
+        return start + self.patience_s
+
+    def _give_up_stalled(self, now: float) -> bool:
+        """Fail reads that run for too long, whoever asked for them: they keep a thread from what is asked for next.
+
+        When one of them does, those that are half as late go with it, or whoever asks next would inherit them.
+        """
+        ages = [(entry, now - (entry.started or now)) for entry in self._running if entry.error is None]
+        if not any(age >= self.patience_s for _, age in ages):
+            return False
+        for entry, age in ages:
+            if age >= self.patience_s / 2:
+                self._give_up(entry)
+        return True
+
+    def _give_up(self, entry: Entry) -> None:
+        """Fail an entry whose read does not end. The slot is lost until it does; another thread takes over."""
+        self._fail(
+            entry,
+            StoreError(
+                f"{self.packed.path / EXPERTS}: layer {entry.key[0]} expert {entry.key[1]} was not read in "
+                f"{self.patience_s} s; the disk stalls"
+            ),
+        )
+        if entry.started is None:
+            self._slots.put(entry.slot)
+        else:
+            self.cache.budget -= entry.slot.nbytes
+            self._slots.lose(entry.slot)
+            if self._spare < 2 * self.readers:
+                self._start_reader()
+            self._spare += 1
+        self._change.notify_all()
+
+    def _release(self, entries: Iterable[Entry]) -> None:
+        with self._change:
+            for entry in entries if not self._closed else ():
+                if entry.error is None:
+                    self.cache.let_go(entry.key)
+            self._change.notify_all()

@@ -1,0 +1,229 @@
+"""Attention experts under soft gates: the fused form, its cache, and what it is when all experts are one."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import moestro
+from moestro.core.errors import ConfigError
+from moestro.core.registry import method
+from moestro.core.site import Shared, Site
+from moestro.methods.train.mixture_of_attention import Config, MixtureOfAttention, cache_bytes, soft_gates
+from moestro.models.attention import attention_parts
+from moestro.models.sites import sites
+from moestro.models.swap import swap
+from moestro.testing.tiny import VOCAB, tiny_model
+from moestro.training.size import size_of
+
+
+FAMILIES = ("llama", "cohere", "qwen3", "gemma3_text", "bert")
+METHOD = "train.mixture_of_attention"
+
+
+def ids(rows: int = 2, width: int = 7) -> Tensor:
+    return torch.randint(3, VOCAB, (rows, width), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: Any, batch: Tensor | None = None, **more: Any) -> Tensor:
+    return model(input_ids=ids() if batch is None else batch, **more).logits
+
+
+def layers_of(model: nn.Module) -> list[MixtureOfAttention]:
+    return [module for module in model.modules() if isinstance(module, MixtureOfAttention)]
+
+
+def mixed(family: str, spread: bool = True, seed: int = 0, **config: Any) -> Any:
+    """A tiny model whose attentions became mixtures; with ``spread`` of experts that differ."""
+    model = tiny_model(family, seed=seed)
+    swap(model, METHOD, {"num_experts": 3, **config}, kind="attention")
+    draw = torch.Generator().manual_seed(seed + 7)
+    with torch.no_grad():
+        for layer in layers_of(model):
+            layer.router.normal_(0.0, 1.0, generator=draw)
+            for name, parameter in layer.named_parameters(recurse=False):
+                if spread and name != "router":
+                    parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_experts_are_the_attention_whatever_the_gates(family: str, kv: str) -> None:
+    wanted = logits(tiny_model(family).double())
+    model = mixed(family, spread=False, kv=kv).double()
+    torch.testing.assert_close(logits(model), wanted, atol=1e-6, rtol=0)  # gates are softmaxes in float32
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("family", ["llama", "cohere", "qwen3"])
+def test_the_fused_form_is_the_loop_over_experts(family: str, kv: str) -> None:
+    model, dense = mixed(family, kv=kv), tiny_model(family)
+    layer, there = layers_of(model)[0], sites(dense, "attention")[0]
+    names = attention_parts(there).names
+    x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    turns = dense.model.rotary_emb(x, torch.arange(6)[None])
+    hides = torch.full((6, 6), float("-inf")).triu(1)[None, None].expand(2, 1, 6, 6)
+    gates = (x @ layer.router.T).softmax(-1)
+    wanted = torch.zeros_like(x)
+    for expert in range(3):
+        one = copy.deepcopy(there.module)
+        for name, path in names.items():
+            rows = getattr(layer, f"{name}_proj")
+            one.get_submodule(path).weight.data.copy_(rows[min(expert, len(rows) - 1)])
+        said = one(x, position_embeddings=turns, attention_mask=hides)[0]
+        wanted = wanted + gates[..., expert, None] * said
+    found, _ = layer(x, position_embeddings=turns, attention_mask=hides)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    assert layer.key_proj.shape[0] == (3 if kv == "expert" else 1)
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+@pytest.mark.parametrize("family", ["llama", "cohere", "gemma3_text"])
+def test_decoding_with_a_cache_is_the_full_forward(family: str, kv: str) -> None:
+    model, batch = mixed(family, kv=kv), ids(2, 9)
+    whole = logits(model, batch)
+    with torch.no_grad():
+        first = model(input_ids=batch[:, :4], use_cache=True)
+        steps, cache = [first.logits], first.past_key_values
+        for place in range(4, 9):
+            steps.append(model(input_ids=batch[:, place : place + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kv", "caches"), [("expert", 3), ("shared", 1)])
+def test_the_cache_holds_keys_of_each_expert_or_one(kv: str, caches: int) -> None:
+    dense, model = tiny_model("llama"), mixed("llama", kv=kv)
+    sizes = []
+    for one in (dense, model):
+        with torch.no_grad():
+            cache = one(input_ids=ids(), use_cache=True).past_key_values
+        sizes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    assert sizes[1] == caches * sizes[0]
+    assert sizes[1] == 2 * 14 * cache_bytes(3, kv, 2, 8, 4)  # 2 layers, 14 tokens
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_it_writes_the_text_that_full_forwards_choose(kv: str) -> None:
+    model, text = mixed("cohere", kv=kv), ids(1, 4)
+    found = model.generate(text, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for _ in range(6):
+        text = torch.cat([text, logits(model, text)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, text)
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere", "bert"])
+def test_padding_changes_no_real_token(family: str) -> None:
+    model, batch = mixed(family), ids(2, 6)
+    wide = torch.cat([torch.zeros_like(batch[:, :3]), batch], 1) if family != "bert" else torch.cat([batch, batch], 1)
+    mask = torch.ones_like(wide)
+    if family == "bert":
+        mask[:, 6:] = 0
+        found = logits(model, wide, attention_mask=mask)[:, :6]
+    else:
+        mask[:, :3] = 0
+        found = logits(model, wide, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))[:, 3:]
+    torch.testing.assert_close(found, logits(model, batch), atol=2e-5, rtol=1e-5)
+
+
+def test_gates_by_hand() -> None:
+    logit = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 3.0]]).log_softmax(-1)
+    whole = logit.softmax(-1)
+    assert torch.equal(soft_gates(logit), whole)
+    assert torch.equal(soft_gates(logit, 3), whole)
+    one = soft_gates(logit, 1)
+    assert torch.equal(one, torch.stack([whole[0] * torch.tensor([0, 0, 1]), whole[1] * torch.tensor([1, 0, 0])]))
+    two = soft_gates(logit, 2, normalise=True)
+    torch.testing.assert_close(two.sum(-1), torch.ones(2))
+    torch.testing.assert_close(two[0, 2] / two[0, 1], torch.tensor(2.718281828), atol=1e-5, rtol=0)
+    assert two[0, 0] == 0
+
+
+def test_one_gate_hears_one_expert() -> None:
+    """With top_k=1 and gates that sum to 1 a token hears its best expert alone."""
+    model = mixed("llama", top_k=1, gate_norm="topk_softmax")
+    only = copy.deepcopy(model)
+    for layer in layers_of(model) + layers_of(only):
+        layer.router.data.zero_()  # ties go to the lowest
+    for layer in layers_of(only):
+        layer.output_proj.data[1:] = 100.0
+    assert torch.equal(logits(model), logits(only))
+
+
+def test_checkpointing_gives_the_same_gradients() -> None:
+    found = []
+    for checkpointed in (False, True):
+        model = mixed("cohere", kv="shared").train()
+        if checkpointed:
+            moestro.checkpoint(model)
+        model(input_ids=ids(), labels=ids(), use_cache=False).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    assert found[0].keys() == found[1].keys()
+    for name, plain in found[0].items():
+        assert plain is not None
+        torch.testing.assert_close(found[1][name], plain, atol=1e-7, rtol=1e-6, msg=name)
+        assert ".self_attn." not in name or bool(plain.any()), name
+
+
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_every_expert_costs_what_the_attention_costs(kv: str) -> None:
+    """Three experts: three times the projections that each owns, the scores, and the router."""
+    dense, model = size_of(tiny_model("llama"), 8).forward_flops, size_of(mixed("llama", kv=kv), 8).forward_flops
+    matrices, pairs = {"expert": 2 * 32 * (32 + 32 + 16 + 16), "shared": 2 * 32 * (32 + 32)}[kv], 4 * 32 * 4.5
+    assert model - dense == 2 * (2 * (matrices + pairs) + 2 * 3 * 32)
+
+
+def test_narrow_types_and_single_tokens() -> None:
+    model = mixed("cohere").to(torch.bfloat16)
+    assert logits(model).dtype == torch.bfloat16
+    assert bool(logits(model).isfinite().all())
+    gap = (logits(model).float() - logits(mixed("cohere"))).abs().max()
+    assert gap < 0.1 * logits(mixed("cohere")).abs().max()
+    assert logits(model, ids(1, 1)).shape == (1, 1, VOCAB)
+
+
+def test_without_a_model_around_it_is_causal_attention() -> None:
+    torch.manual_seed(0)
+    site = Site(path="x", kind="attention", module=nn.Identity(), dim=8, out=8)
+    config = Config(num_experts=2, num_heads=2, num_kv_heads=1)
+    layer = method(METHOD).build(site, config, Shared())
+    x = torch.randn(1, 5, 8)
+    gates = (x @ layer.router.T).softmax(-1)
+    wanted = torch.zeros_like(x)
+    for expert in range(2):
+        query, key, value = (x @ getattr(layer, f"{n}_proj")[expert].T for n in ("query", "key", "value"))
+        heads = []
+        for head in range(2):
+            score = query[..., head * 4 : head * 4 + 4] @ key.transpose(1, 2) / 2
+            score = score.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+            heads.append(score.softmax(-1) @ value)
+        wanted = wanted + gates[..., expert, None] * (torch.cat(heads, -1) @ layer.output_proj[expert].T)
+    torch.testing.assert_close(layer(x), wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"num_experts": 2, "top_k": 3}, "top_k=3 of 2 attention experts"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
+        ({"num_kv_heads": 2}, "num_kv_heads=2 must divide num_heads=None"),
+    ],
+)
+def test_impossible_settings_are_refused(config: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        method(METHOD).configure(config)
+
+
+def test_sites_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot stand at a site of kind mlp"):
+        swap(tiny_model("llama"), METHOD, {}, kind="mlp")
+    with pytest.raises(ConfigError, match="leave num_heads and num_kv_heads out"):
+        swap(tiny_model("llama"), METHOD, {"num_heads": 2}, kind="attention")
+    with pytest.raises(ConfigError, match="olmoe's attention has other parts"):
+        swap(tiny_model("olmoe"), METHOD, {}, kind="attention")
+    site = Site(path="x", kind="attention", module=nn.Identity(), dim=9)
+    with pytest.raises(ConfigError, match="num_heads=4 does not divide its width 9"):
+        method(METHOD).build(site, Config(), Shared())
