@@ -23,7 +23,7 @@ class Honest:
     routes = (None, None)
 
     def combine(self, logits: Any) -> Any:
-        return logits[0] + np.where(np.isfinite(logits[1]), logits[0] - logits[1], 0) / 2
+        return logits.mean(axis=0)
 
 
 class Flat(Honest):
