@@ -29,6 +29,7 @@ from moestro.engine.kernels import choose
 from moestro.engine.layout import aligned
 from moestro.engine.native_forward import NativeForward
 from moestro.engine.packed import EXPERTS, Packed
+from moestro.engine.sequences import Batch
 
 
 PROMPT, CONTEXT = 512, 1024
@@ -61,17 +62,16 @@ class Ours:
         """Logits of the last of these tokens, which stand at ``start`` and after."""
         n = len(tokens)
 
-        class Batch:
-            positions = np.arange(start, start + n, dtype=np.int32)
-            rows_of = np.zeros(n, np.int32)
-            sequences = (0,)
-            tables = self.table
-            want = np.array([n - 1], np.int32)
-            routes = None
-
-        batch = Batch()
-        batch.tokens = tokens  # type: ignore[attr-defined]
-        return self.forward.step(batch)[0]  # type: ignore[arg-type]
+        batch = Batch(
+            tokens=tokens,
+            positions=np.arange(start, start + n, dtype=np.int32),
+            rows_of=np.zeros(n, np.int32),
+            sequences=[0],
+            tables=self.table,
+            want=np.array([n - 1], np.int32),
+            routes=None,
+        )
+        return self.forward.step(batch)[0]
 
 
 class LlamaCpp:

@@ -15,7 +15,10 @@ Key = tuple[int, int]
 
 
 class CachePolicy(Protocol):
-    """Decides who goes. Times are numbers of steps, one for each layer that runs, growing; several keys share one."""
+    """Decides who goes. Times are numbers of steps, one for each layer that runs, growing; several keys share one.
+
+    A policy may inherit from this: then what it does not say about evictions is nothing, and all may stay.
+    """
 
     def on_access(self, key: Key, time: int) -> None:
         """A key is needed now, whether or not it is in the cache."""
@@ -25,12 +28,14 @@ class CachePolicy(Protocol):
 
     def on_evict(self, key: Key) -> None:
         """A key left the cache."""
+        return
 
     def victim(self, candidates: Collection[Key]) -> Key:
         """One of the candidates, none of which is needed now; the same whatever their order."""
 
     def admit(self, key: Key) -> bool:
         """Whether a key that was just read shall be kept; one that shall not goes before any other."""
+        return True
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """What the inner units of dense feed-forwards do on data: which are active together, and on which kind of text."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from moestro.core.errors import ConfigError, DataError
 from moestro.core.session import session
 from moestro.models.families import family
 from moestro.models.sites import dense_ffn, sites_by_layer, stacks
+from moestro.observe.passing import watched
 
 
 def coactivation(
@@ -29,13 +30,18 @@ def coactivation(
         ConfigError: a layer that is not dense. DataError: no batches.
     """
     found: dict[int, Tensor] = {}
+
+    def add(layer: int, args: tuple[Any, ...], output: Any) -> None:
+        rows_TI = _rows(args).float().abs()
+        gram_II = rows_TI.T @ rows_TI
+        found[layer] = gram_II if layer not in found else found[layer].add_(gram_II)
+
     training, ran = model.training, False
     model.eval()
     try:
         with ExitStack() as hooks, torch.no_grad(), session(collect=False):
             hooks.enter_context(_contexts(model))
-            for layer, down in _downs(model, layers).items():
-                hooks.callback(down.register_forward_pre_hook(_adder(found, layer)).remove)
+            hooks.enter_context(watched(_downs(model, layers), add))
             for batch in batches:
                 model(**({"input_ids": batch} if isinstance(batch, Tensor) else batch))
                 ran = True
@@ -84,17 +90,13 @@ def unit_activity(model: nn.Module, call: Mapping[str, Any], layers: Iterable[in
     training = model.training
     model.eval()
 
-    def keep(layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def take(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found[layer] = _rows(args).float().abs()
-
-        return take
+    def keep(layer: int, args: tuple[Any, ...], output: Any) -> None:
+        found[layer] = _rows(args).float().abs()
 
     try:
         with ExitStack() as hooks, torch.no_grad(), session(collect=False):
             hooks.enter_context(_contexts(model))
-            for layer, down in _downs(model, layers).items():
-                hooks.callback(down.register_forward_pre_hook(keep(layer)).remove)
+            hooks.enter_context(watched(_downs(model, layers), keep))
             model(**call)
     finally:
         model.train(training)
@@ -123,17 +125,6 @@ def _downs(model: nn.Module, layers: Iterable[int] | None) -> dict[int, nn.Modul
     if missing:
         raise ConfigError(f"layer {missing[0]} has no dense feed-forward; layers {sorted(found)} have one")
     return {layer: found[layer] for layer in sorted(set(layers))}
-
-
-def _adder(found: dict[int, Tensor], layer: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook that adds the rows a down projection is given."""
-
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows_TI = _rows(args).float().abs()
-        gram_II = rows_TI.T @ rows_TI
-        found[layer] = gram_II if layer not in found else found[layer].add_(gram_II)
-
-    return add
 
 
 @contextmanager

@@ -2,18 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 
-Take = Callable[[str, tuple[Any, ...], Any], None]
-"""Called with a module's name, its positional inputs and its output."""
+Name = TypeVar("Name")
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module], take: Take) -> Iterator[None]:
-    """Inside, ``take`` is told of every forward of these modules; what they compute stays as it is."""
+def watched(modules: Mapping[Name, nn.Module], take: Callable[[Name, tuple[Any, ...], Any], None]) -> Iterator[None]:
+    """Inside, ``take(name, positional inputs, output)`` is told of every forward; what modules compute stays."""
     with ExitStack() as stack:
         for name, module in modules.items():
             told = _teller(name, take)
@@ -21,7 +20,9 @@ def watched(modules: Mapping[str, nn.Module], take: Take) -> Iterator[None]:
         yield
 
 
-def _teller(name: str, take: Take) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+def _teller(
+    name: Name, take: Callable[[Name, tuple[Any, ...], Any], None]
+) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def told(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         take(name, inputs, output)
 

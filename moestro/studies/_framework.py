@@ -18,7 +18,7 @@ from moestro.core.errors import ConfigError
 
 __all__ = [
     "BUDGETS", "Arm", "Beats", "Budget", "Claim", "Interval", "Judge", "Judgement", "Matches", "Measured",
-    "NotWorse", "Study", "Verdict", "Within", "interval", "merge",
+    "NotWorse", "Recovers", "Study", "Verdict", "Within", "interval", "merge",
 ]  # fmt: skip
 
 Verdict = Literal["shown", "partly", "not_shown"]
@@ -251,6 +251,46 @@ class Within:
         verdict: Verdict = "shown" if inside == values.size else "partly" if inside else "not_shown"
         note = f"{inside} of {values.size} seeds inside"
         return Judgement(verdict=verdict, measured=float(values.mean()), interval=interval(values), note=note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovers:
+    """`method` brings back more than `share` of what `cut` loses against `whole`; lower is better.
+
+    With loss L = cut - whole and gain G = cut - method by seed. Shown: the 95 % intervals of L and of G - share * L lie
+    above zero. Partly: those of L and of G do. Where nothing is lost, nothing can be brought back.
+    """
+
+    method: str
+    cut: str
+    whole: str
+    share: float
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return (self.method, self.cut, self.whole)
+
+    @property
+    def rule(self) -> str:
+        return (
+            f"{self.method} recovers more than {self.share:g} of what {self.cut} loses against {self.whole}, both with "
+            "95 % intervals above zero"
+        )
+
+    def __call__(self, measured: Measured, metric: str) -> Judgement:
+        cut, whole = measured.paired(self.cut, self.whole, metric)
+        _, ours = measured.paired(self.cut, self.method, metric)
+        loss, gain = cut - whole, cut - ours
+        lost, gained, enough = (interval(values) for values in (loss, gain, gain - self.share * loss))
+        verdict: Verdict = "not_shown"
+        if lost is not None and gained is not None and enough is not None and lost[0] > 0:
+            verdict = "shown" if enough[0] > 0 else "partly" if gained[0] > 0 else "not_shown"
+        elif lost is None and loss.mean() > 0 and gain.mean() > self.share * loss.mean():
+            verdict = "partly"  # one seed
+        note = f"mean loss {loss.mean():.4g}, mean gain {gain.mean():.4g} over {loss.size} seeds"
+        return Judgement(
+            verdict=verdict, measured=float(gain.mean() / max(loss.mean(), 1e-12)), interval=None, note=note
+        )
 
 
 def merge(verdicts: Sequence[Verdict]) -> Verdict:

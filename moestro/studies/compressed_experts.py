@@ -10,7 +10,6 @@ Times are taken inside one job, by turns, and the shortest of each model counts.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,18 +24,7 @@ from moestro.core.session import session
 from moestro.data.dataset import Dataset
 from moestro.methods.compress._parts.compressed_bank import CompressedFFN
 from moestro.models.swap import swap
-from moestro.studies._framework import (
-    Arm,
-    Beats,
-    Budget,
-    Claim,
-    Judgement,
-    Measured,
-    Study,
-    Verdict,
-    Within,
-    interval,
-)
+from moestro.studies._framework import Arm, Beats, Budget, Claim, Recovers, Study, Within
 from moestro.studies._mixture import Mixture, corpus_of, loss_of, rows_of, size_of, task_of, trained, tune
 from moestro.training.size import size_of as count
 
@@ -172,46 +160,6 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
         found["time_over_half"] = best["compressed"] / best["half"]
         found["half_time_over_full"] = best["half"] / best["full"]
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recovers:
-    """`method` brings back more than ``share`` of what ``cut`` loses against ``whole``; lower is better.
-
-    With loss L = cut - whole and gain G = cut - method by seed. Shown: the 95 % intervals of L and of G - share * L lie
-    above zero. Partly: those of L and of G do. Where nothing is lost, nothing can be brought back.
-    """
-
-    method: str
-    cut: str
-    whole: str
-    share: float
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        return (self.method, self.cut, self.whole)
-
-    @property
-    def rule(self) -> str:
-        return (
-            f"{self.method} recovers more than {self.share:g} of what {self.cut} loses against {self.whole}, both with "
-            "95 % intervals above zero"
-        )
-
-    def __call__(self, measured: Measured, metric: str) -> Judgement:
-        cut, whole = measured.paired(self.cut, self.whole, metric)
-        _, ours = measured.paired(self.cut, self.method, metric)
-        loss, gain = cut - whole, cut - ours
-        lost, gained, enough = (interval(values) for values in (loss, gain, gain - self.share * loss))
-        verdict: Verdict = "not_shown"
-        if lost is not None and gained is not None and enough is not None and lost[0] > 0:
-            verdict = "shown" if enough[0] > 0 else "partly" if gained[0] > 0 else "not_shown"
-        elif lost is None and loss.mean() > 0 and gain.mean() > self.share * loss.mean():
-            verdict = "partly"  # one seed
-        note = f"mean loss {loss.mean():.4g}, mean gain {gain.mean():.4g} over {loss.size} seeds"
-        return Judgement(
-            verdict=verdict, measured=float(gain.mean() / max(loss.mean(), 1e-12)), interval=None, note=note
-        )
 
 
 TELLS = (

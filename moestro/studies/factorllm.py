@@ -10,7 +10,6 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +21,7 @@ from moestro.core.layer import mixture_layers
 from moestro.core.session import Edit, session
 from moestro.data.packing import IGNORE
 from moestro.observe.passing import scaled_inputs
-from moestro.studies._framework import (
-    BUDGETS,
-    Arm,
-    Beats,
-    Budget,
-    Claim,
-    Judgement,
-    Measured,
-    Study,
-    Verdict,
-    Within,
-    interval,
-)
+from moestro.studies._framework import BUDGETS, Arm, Beats, Budget, Claim, Recovers, Study, Within
 from moestro.studies._slices import (
     EXPERTS,
     TOP_K,
@@ -49,44 +36,6 @@ from moestro.studies._slices import (
     middle,
     scale,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Closes:
-    """`method` closes at least `share` of the gap from `floor` to `ceiling`; lower is better.
-
-    Shown: the mean share reaches it and its 95 % interval lies above zero. Partly: the mean is above zero but one of
-    the two fails. A seed without a gap shows nothing: its share counts as 0.
-    """
-
-    method: str
-    floor: str
-    ceiling: str
-    share: float
-
-    @property
-    def arms(self) -> tuple[str, ...]:
-        return (self.method, self.floor, self.ceiling)
-
-    @property
-    def rule(self) -> str:
-        return (
-            f"{self.method} closes at least {self.share:.0%} of the gap from {self.floor} to {self.ceiling}, 95 % "
-            "interval above zero"
-        )
-
-    def __call__(self, measured: Measured, metric: str) -> Judgement:
-        ours, floor = measured.paired(self.method, self.floor, metric)
-        _, ceiling = measured.paired(self.method, self.ceiling, metric)
-        gap = floor - ceiling
-        share = np.where(gap > 0, (floor - ours) / np.where(gap > 0, gap, 1.0), 0.0)
-        mean, between = float(share.mean()), interval(share)
-        if mean >= self.share and between is not None and between[0] > 0:
-            verdict: Verdict = "shown"
-        else:
-            verdict = "partly" if mean > 0 else "not_shown"
-        note = f"mean share {mean:.4g} over {share.size} seeds, needed {self.share:.4g}"
-        return Judgement(verdict=verdict, measured=mean, interval=between, note=note)
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------
@@ -225,7 +174,7 @@ STUDY = Study(
             where="abstract; the loss in the released code",
             claimed="fast and accurate routing from the prior",
             metric="heldout_loss",
-            judge=Closes(method="pa", floor="random", ceiling="dense", share=0.2),
+            judge=Recovers(method="pa", cut="random", whole="dense", share=0.2),
             tells=MIDDLE,
         ),
         Claim(

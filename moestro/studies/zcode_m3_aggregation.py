@@ -21,7 +21,6 @@ from moestro.studies._framework import (
     Beats,
     Budget,
     Claim,
-    Interval,
     Judgement,
     Measured,
     Study,
@@ -133,8 +132,7 @@ class BelowThroughout:
         mean, between = float(worst.mean()), interval(worst)
         shown = between is not None and between[1] < 0
         verdict: Verdict = "shown" if shown else "partly" if mean < 0 else "not_shown"
-        found: Interval | None = between
-        return Judgement(verdict=verdict, measured=mean, interval=found, note=f"worst mean gap {mean:.4g}")
+        return Judgement(verdict=verdict, measured=mean, interval=between, note=f"worst mean gap {mean:.4g}")
 
 
 TELLS = (

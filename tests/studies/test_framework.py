@@ -18,6 +18,7 @@ from moestro.studies._framework import (
     Matches,
     Measured,
     NotWorse,
+    Recovers,
     Study,
     Within,
     interval,
@@ -170,3 +171,28 @@ def test_what_tells_holds_measured_numbers() -> None:
         Claim(
             key="c", text="t", where="w", claimed="x", metric="loss", judge=Within(arm="new"), tells="{ghost}"
         ).explain(found)
+
+
+RECOVERS = Recovers(method="a", cut="b", whole="c", share=0.25)
+
+
+def recovered(method: list[float], cut: list[float], whole: list[float]) -> str:
+    values = {"a": method, "b": cut, "c": whole}
+    return RECOVERS(Measured({n: {"loss": dict(enumerate(v))} for n, v in values.items()}), "loss").verdict
+
+
+def test_recovery_needs_a_loss_a_gain_and_certainty() -> None:
+    cut, whole = [3.0, 3.1, 3.2], [2.0, 2.1, 2.2]
+    assert recovered([2.5, 2.6, 2.69], cut, whole) == "shown"
+    assert recovered([2.9, 3.0, 3.09], cut, whole) == "partly"  # a tenth
+    assert recovered([2.5, 3.6, 2.69], cut, whole) == "not_shown"  # one seed against it
+    assert recovered([2.0, 2.1, 2.2], cut, cut) == "not_shown"  # nothing was lost
+    assert recovered([2.0, 2.1, 2.2], cut, [3.4, 2.1, 2.9]) == "not_shown"  # nor surely lost
+    assert recovered([2.5], [3.0], [2.0]) == "partly"  # one seed shows nothing fully
+    assert recovered([2.9], [3.0], [2.0]) == "not_shown"
+
+
+def test_noise_recovers_nothing() -> None:
+    draw = np.random.default_rng(0)
+    passed = sum(recovered(*draw.normal(3.0, 0.01, (3, 3)).tolist()) != "not_shown" for _ in range(300))
+    assert passed / 300 < 0.03

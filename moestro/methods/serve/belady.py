@@ -26,7 +26,7 @@ class Config(BaseConfig):
     """No settings."""
 
 
-class Belady:
+class Belady(CachePolicy):
     """See CachePolicy and Oracle."""
 
     def __init__(self) -> None:
@@ -52,9 +52,6 @@ class Belady:
         """See CachePolicy."""
         self.last.setdefault(key, time)
 
-    def on_evict(self, key: Key) -> None:
-        """See CachePolicy."""
-
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy.
 
@@ -70,10 +67,6 @@ class Belady:
     def _next(self, key: Key) -> int:
         future = self.needs.get(key)
         return future[0] if future else NEVER
-
-    def admit(self, key: Key) -> bool:
-        """See CachePolicy."""
-        return True
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

@@ -33,7 +33,7 @@ class Config(BaseConfig):
     privileged: float = Field(default=0.5, ge=0, le=1)
 
 
-class LeastFrequentRecentlyUsed:
+class LeastFrequentRecentlyUsed(CachePolicy):
     """See CachePolicy."""
 
     def __init__(self, privileged: float) -> None:
@@ -78,10 +78,6 @@ class LeastFrequentRecentlyUsed:
         if loose:
             return min(loose, key=lambda key: (self.count[key], self.last[key], key))
         return min(candidates, key=lambda key: (self.last[key], key))
-
-    def admit(self, key: Key) -> bool:
-        """See CachePolicy."""
-        return True
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

@@ -30,7 +30,7 @@ class Config(BaseConfig):
     half_life: float | None = Field(default=None, gt=0)
 
 
-class LeastFrequentlyUsed:
+class LeastFrequentlyUsed(CachePolicy):
     """See CachePolicy."""
 
     def __init__(self, half_life: float | None) -> None:
@@ -56,16 +56,9 @@ class LeastFrequentlyUsed:
         """See CachePolicy."""
         self.last.setdefault(key, time)
 
-    def on_evict(self, key: Key) -> None:
-        """See CachePolicy."""
-
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
         return min(candidates, key=lambda key: (self.count.get(key, -math.inf), self.last[key], key))
-
-    def admit(self, key: Key) -> bool:
-        """See CachePolicy."""
-        return True
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

@@ -20,7 +20,7 @@ class Config(BaseConfig):
     """No settings."""
 
 
-class LeastRecentlyUsed:
+class LeastRecentlyUsed(CachePolicy):
     """See CachePolicy."""
 
     def __init__(self) -> None:
@@ -42,10 +42,6 @@ class LeastRecentlyUsed:
         """See CachePolicy."""
         oldest = min(map(self.last.__getitem__, candidates))
         return min(key for key in candidates if self.last[key] == oldest)
-
-    def admit(self, key: Key) -> bool:
-        """See CachePolicy."""
-        return True
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

@@ -28,7 +28,7 @@ class Config(BaseConfig):
     hot: tuple[tuple[int, int], ...] = ()
 
 
-class StaticHot:
+class StaticHot(CachePolicy):
     """See CachePolicy and Learner."""
 
     def __init__(self, hot: Sequence[Key]) -> None:
@@ -49,16 +49,9 @@ class StaticHot:
         """See CachePolicy."""
         self.last.setdefault(key, time)
 
-    def on_evict(self, key: Key) -> None:
-        """See CachePolicy."""
-
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
         return min(candidates, key=lambda key: (self.rank.get(key, 0), self.count[key], self.last[key], key))
-
-    def admit(self, key: Key) -> bool:
-        """See CachePolicy."""
-        return True
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:
