@@ -69,6 +69,8 @@ def test_float32_is_what_transformers_says(folder: Path) -> None:
         wanted = model(torch.tensor([IDS])).logits[0].numpy()
     native = Native(packed(folder, 32), 1 << 30, context=64)
     assert native.store is None
+    shape = Packed.open(folder.parent / "packed-32").model
+    assert native.forward.page_bytes == len(shape.layers) * 2 * 16 * shape.kv_heads * shape.head_dim * 4  # as budgeted
     found = native.forward.step(batch(IDS))
     native.close()
     assert np.allclose(found, wanted, atol=1e-4)
