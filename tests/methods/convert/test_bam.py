@@ -59,7 +59,7 @@ def attentions(model: Any) -> list[MixtureOfAttention]:
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
 def test_experts_are_copies_and_the_rest_is_the_mean(kv: str) -> None:
-    model, donors = family_of()
+    model, donors = family_of(attention_bias=True)
     models = [copy.deepcopy(model), *donors.values()]
     receipt = joined(model, donors, kv=kv)
     for layer, (there, mix) in enumerate(zip(attentions(model), mixture_layers(model).values(), strict=True)):
@@ -67,15 +67,18 @@ def test_experts_are_copies_and_the_rest_is_the_mean(kv: str) -> None:
         for expert, block in enumerate(stock):
             for name, path in {"query": "q_proj", "output": "o_proj"}.items():
                 assert torch.equal(getattr(there, f"{name}_proj")[expert], getattr(block.self_attn, path).weight)
+                assert torch.equal(getattr(there, f"{name}_bias")[expert], getattr(block.self_attn, path).bias)
             assert torch.equal(mix.bank.down_proj[expert], block.mlp.down_proj.weight)
         for name, path in {"key": "k_proj", "value": "v_proj"}.items():
-            mine, theirs = getattr(there, f"{name}_proj"), [getattr(block.self_attn, path).weight for block in stock]
-            wanted = torch.stack(theirs) if kv == "expert" else torch.stack(theirs).mean(0, keepdim=True)
-            torch.testing.assert_close(mine, wanted, atol=0 if kv == "expert" else 1e-6, rtol=0)
+            for part, leaf in (("proj", "weight"), ("bias", "bias")):
+                wanted = torch.stack([getattr(getattr(block.self_attn, path), leaf) for block in stock])
+                wanted = wanted if kv == "expert" else wanted.mean(0, keepdim=True)
+                atol = 0 if kv == "expert" else 1e-6
+                torch.testing.assert_close(getattr(there, f"{name}_{part}"), wanted, atol=atol, rtol=0)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
         wanted = torch.stack([one.get_parameter(name) for one in models]).mean(0)
         torch.testing.assert_close(model.get_parameter(name), wanted, atol=1e-6, rtol=0)
-    rows = 2 * (3 * 3 + (12 if kv == "expert" else 8))  # layers (feed-forward matrices, attention rows)
+    rows = 2 * (3 * 3 + 2 * (12 if kv == "expert" else 8))  # layers (feed-forward matrices, attention rows and biases)
     assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] == rows
     assert receipt["sites"][1]["donors"] == ["donor1", "donor2"]
 
