@@ -122,6 +122,20 @@ def test_branch_train_mix_averages_the_attention() -> None:
         assert set(mix.losses) == {"balance", "z"}
 
 
+def test_gates_of_the_attention_are_as_the_settings_say() -> None:
+    model, donors = family_of()
+    joined(model, donors, kv="shared", attn_top_k=2, router_std=0.25)
+    for one in attentions(model):
+        assert (one.config.num_experts, one.config.kv, one.config.top_k) == (3, "shared", 2)
+        assert one.config.router_std == 0.25
+        assert float(one.router.detach().std()) == pytest.approx(0.25, rel=0.4)  # of 96 draws
+    plain, others = family_of()
+    joined(plain, others)
+    assert [one.config.top_k for one in attentions(plain)] == [None, None]
+    with pytest.raises(PlanError, match="attn_top_k=4 of 3; choose at most as many"):
+        planned(*family_of(), attn_top_k=4)
+
+
 @pytest.mark.parametrize("kv", ["expert", "shared"])
 def test_from_disk_to_disk_is_the_same_model(tmp_path: Path, kv: str) -> None:
     model, donors = family_of("qwen3")  # norms of heads are averaged

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moestro
+from moestro.core.context import open_stack
 from moestro.core.errors import ConfigError
 from moestro.core.registry import method
 from moestro.core.site import Shared, Site
@@ -201,6 +202,14 @@ def test_one_gate_hears_one_expert() -> None:
     assert torch.equal(logits(model), logits(only))
 
 
+def test_first_weights_of_the_router_have_the_deviation_asked_for() -> None:
+    for std in (0.0, 0.02, 0.5):
+        model = tiny_model("llama")
+        swap(model, METHOD, {"num_experts": 64, "router_std": std}, kind="attention")
+        for layer in layers_of(model):
+            assert float(layer.router.detach().std()) == pytest.approx(std, rel=0.1)
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     found = []
     for checkpointed in (False, True):
@@ -233,15 +242,27 @@ def test_narrow_types_and_single_tokens() -> None:
     assert logits(model, ids(1, 1)).shape == (1, 1, VOCAB)
 
 
-def test_without_a_model_around_it_is_causal_attention() -> None:
+def alone(**config: Any) -> Any:
+    """A layer of three experts, width 8, where no Transformers model is around."""
     torch.manual_seed(0)
     site = Site(path="x", kind="attention", module=nn.Identity(), dim=8, out=8)
-    config = Config(num_experts=2, num_heads=2, num_kv_heads=1)
-    layer = method(METHOD).build(site, config, Shared())
-    x = torch.randn(1, 5, 8)
+    layer = method(METHOD).build(site, Config(num_experts=3, num_heads=2, num_kv_heads=1, **config), Shared())
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("top_k", "norm"), [(None, "full_softmax"), (1, "full_softmax"), (2, "full_softmax"), (2, "topk_softmax")]
+)
+def test_without_a_model_around_it_is_causal_attention(top_k: int | None, norm: Any) -> None:
+    layer, x = alone(top_k=top_k, gate_norm=norm), torch.randn(1, 5, 8)
     gates = (x @ layer.router.T).softmax(-1)
+    if top_k is not None:
+        gates = gates * (gates >= gates.sort(-1, descending=True).values[..., top_k - 1, None])
+    gates = gates / gates.sum(-1, keepdim=True) if norm == "topk_softmax" else gates
     wanted = torch.zeros_like(x)
-    for expert in range(2):
+    for expert in range(3):
         query, key, value = (x @ getattr(layer, f"{n}_proj")[expert].T for n in ("query", "key", "value"))
         heads = []
         for head in range(2):
@@ -249,7 +270,25 @@ def test_without_a_model_around_it_is_causal_attention() -> None:
             score = score.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
             heads.append(score.softmax(-1) @ value)
         wanted = wanted + gates[..., expert, None] * (torch.cat(heads, -1) @ layer.output_proj[expert].T)
-    torch.testing.assert_close(layer(x), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_model_around_padding_changes_no_real_token() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = alone()
+
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            said: Tensor = self.layer(inputs_embeds)
+            return said
+
+    stack, x = Stack(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2))
+    open_stack(stack, "stack")
+    mask = (torch.arange(8) >= 3).long().expand(2, -1)
+    found = stack(torch.cat([torch.ones(2, 3, 8), x], 1), attention_mask=mask)
+    torch.testing.assert_close(found[:, 3:], stack(x), atol=1e-6, rtol=1e-5)
+    assert bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize(
