@@ -16,6 +16,7 @@ from moestro.core.inputs import PlanInputs
 from moestro.core.layer import mixture_layers
 from moestro.core.plan import ExpertPlan, Plan
 from moestro.core.registry import method
+from moestro.core.session import session
 from moestro.methods.train.mixture_of_attention import MixtureOfAttention
 from moestro.models.load import load
 from moestro.models.save import save
@@ -120,6 +121,22 @@ def test_branch_train_mix_averages_the_attention() -> None:
         assert (mix.bank.num_experts, mix.router.top_k) == (5, 3)
         assert torch.equal(mix.bank.down_proj[3], mix.bank.down_proj[0])
         assert set(mix.losses) == {"balance", "z"}
+
+
+def test_losses_are_of_the_feed_forward_router_alone() -> None:
+    model, donors = family_of()
+    joined(model, donors)
+    with session(collect=True) as opened:
+        model(input_ids=ids())
+    (ctx,) = opened.take()
+    sites = list(mixture_layers(model))
+    assert sorted(ctx.losses) == sorted((site, name) for site in sites for name in ("balance", "z"))
+    assert all("mlp" in site for site in sites)
+    sum(term.total for term in ctx.losses.values()).backward()
+    # the attention of the last layer stands beside the last router, so nothing of it is asked
+    last = attentions(model)[-1]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in last.parameters())
+    assert all(bool(mix.router.weight.grad.any()) for mix in mixture_layers(model).values())
 
 
 def test_gates_of_the_attention_are_as_the_settings_say() -> None:
