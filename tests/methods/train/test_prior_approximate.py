@@ -315,6 +315,29 @@ def test_a_linear_rule_is_learned_and_the_loss_falls_by_more_than_half() -> None
         fit_linear_router(*start, x[:0], labels[:0], epochs=1, lr=1e-2, rows=60, seed=0)
 
 
+def test_steps_of_a_fit_are_adam_s_on_means_over_their_tokens() -> None:
+    """Of 20 tokens in steps of 8 the last holds 4, and counts no less for it."""
+    x, labels = random_logits(20, 6), labels_of_errors(random_logits(20, 4, seed=1), 2)
+    weight, bias = torch.nn.Parameter(random_logits(4, 6, seed=2)), torch.nn.Parameter(torch.zeros(4))
+    found = fit_linear_router(weight, bias, x, labels, epochs=2, lr=1e-2, rows=8, seed=5)
+    optimizer, draw = torch.optim.Adam([weight, bias], lr=1e-2), torch.Generator().manual_seed(5)
+    means = []
+    for _ in range(2):
+        order, losses = torch.randperm(20, generator=draw), []
+        for at in (0, 8, 16):
+            place = order[at : at + 8]
+            p, q = (x[place] @ weight.T + bias).softmax(-1), labels[place].softmax(-1)
+            each = (p * (p / q).log()).sum(-1)
+            optimizer.zero_grad()
+            each.mean().backward()
+            optimizer.step()
+            losses += each.tolist()
+        means.append(sum(losses) / 20)
+    torch.testing.assert_close(found[0], weight.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], bias.detach(), atol=1e-5, rtol=1e-4)
+    assert found[2] == pytest.approx(means, rel=1e-4)
+
+
 def test_fitting_changes_routers_alone_and_leaves_padding_out() -> None:
     model, dense = pair()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
