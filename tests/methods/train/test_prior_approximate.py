@@ -281,6 +281,8 @@ def test_wrong_teachers_and_models_are_named() -> None:
     model, dense = pair()
     with pytest.raises(ConfigError, match="one teacher, given: none"):
         objective()(model, batch(), {})
+    with pytest.raises(ConfigError, match="one teacher, given: a, b"):
+        objective()(model, batch(), {"a": dense, "b": dense})
     with pytest.raises(ConfigError, match=r"has no layer under train\.prior_approximate"):
         objective()(dense, batch(), {"d": dense})
     with pytest.raises(ConfigError, match=r"has nothing at model\.layers\.0\.mlp"):
