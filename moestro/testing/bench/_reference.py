@@ -62,7 +62,7 @@ def folder_of(given: Path | None) -> Path:
         return given
     if os.environ.get(SETTING):
         return Path(os.environ[SETTING]).expanduser()
-    from moestro.models.cache import cache_root
+    from moestro.core.files import cache_root
 
     return cache_root() / "reference-model"
 
