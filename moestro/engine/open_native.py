@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import LoadError
-from moestro.core.expert_cache import CachePolicy
+from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
 from moestro.core.forecast import Forecast
 from moestro.core.registry import method
 from moestro.engine.describe import describe
@@ -40,7 +40,7 @@ class Native:
         memory: int,
         *,
         context: int | None = None,
-        policy: str = "serve.lru",
+        policy: str = DEFAULT_POLICY,
         forecast: str | None = None,
         threads: int | None = None,
     ) -> None:

@@ -77,7 +77,7 @@ def test_float32_is_what_transformers_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("policy", ["serve.lru", "serve.lfu", "serve.lfru"])
+@pytest.mark.parametrize("policy", ["serve.lru", "serve.lfu", "serve.lfru", "serve.next_need"])
 def test_few_slots_change_no_bit(bits: int, policy: str, folder: Path) -> None:
     out = packed(folder, bits)
     whole = Native(out, 1 << 30, context=64)
