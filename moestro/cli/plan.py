@@ -38,17 +38,32 @@ def register(app: typer.Typer) -> None:
         out: Path | None = typer.Option(None, "--out", help="Write the serving plan to this file."),
         layers: bool = typer.Option(False, "--layers", help="List every layer."),
         measure: bool = typer.Option(False, "--measure", help="Measure this machine anew."),
+        verify: bool = typer.Option(False, "--verify", help="Run a packed model and print how far the plan was off."),
         as_json: bool = typer.Option(False, "--json", help="Print JSON."),
     ) -> None:
         """Say whether a model fits, what lies in memory and on disk, and how fast it will be, from headers alone.
 
-        Speeds are estimates from a short measurement of this machine, which is kept for the next time.
+        Speeds are estimates from a short measurement of this machine, which is kept for later. The bytes of a packed
+        model are those that the engine will take.
         """
         from moestro.core.errors import ConfigError
-        from moestro.models.sizing_plan import BITS, Request, decode_speed, place, prompt_speed, serving_plan
         from moestro.models.sizing_units import parse_size
 
         budget = parse_size(memory, "--memory")
+        if (Path(model).expanduser() / "pack.json").is_file():
+            from moestro.cli._plan_packed import plan_packed
+
+            if bits is not None or layers:
+                raise ConfigError(
+                    "a packed model has its bits, and its layers stand in pack.json; leave --bits, --layers out"
+                )
+            path, asked = Path(model).expanduser(), context or None
+            plan_packed(path, budget, asked, out, measure=measure, verify=verify, as_json=as_json)
+            return
+        if verify:
+            raise ConfigError("--verify runs a packed model; make one with `moestro pack`")
+        from moestro.models.sizing_plan import BITS, Request, decode_speed, place, prompt_speed, serving_plan
+
         if bits is not None and bits not in BITS:
             raise ConfigError(f"--bits {bits}: matrices are stored in {', '.join(map(str, BITS))} bits")
         from moestro.models.sizing_machine import this_machine

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from moestro.core.expert_cache import DEFAULT_POLICY
+
 
 if TYPE_CHECKING:
     from moestro.engine.service import Engine
@@ -28,7 +30,7 @@ def register(app: typer.Typer) -> None:
         queue: int = typer.Option(64, "--queue", min=1, help="Requests that may wait."),
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
         chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
-        policy: str = typer.Option("serve.lru", "--policy", help="Which expert of a packed model leaves memory."),
+        policy: str = typer.Option(DEFAULT_POLICY, "--policy", help="Which expert of a packed model leaves memory."),
         forecast: str | None = typer.Option(None, "--forecast", help="What says which experts to read ahead of need."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
     ) -> None:

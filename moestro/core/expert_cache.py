@@ -5,13 +5,16 @@ The same objects run in the simulator and in the engine's store, so that both ev
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from moestro.core.errors import ConfigError
 
 
 Key = tuple[int, int]
-"""(layer, expert); policies only compare keys."""
+"""(layer, expert); policies know layers and experts by their numbers alone."""
+
+DEFAULT_POLICY: Final = "serve.next_need"
+"""Method of who leaves where nobody chose one: it reads least on recorded and on made-up routings alike."""
 
 
 class CachePolicy(Protocol):

@@ -37,3 +37,8 @@ def write_text(path: str | Path, text: str) -> Path:
     with whole_file(path) as draft:
         draft.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def cache_root() -> Path:
+    """Where what is made once is kept: `$MOESTRO_CACHE`, or `~/.cache/moestro`."""
+    return Path(os.environ.get("MOESTRO_CACHE") or "~/.cache/moestro").expanduser()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
+from moestro.core.expert_cache import DEFAULT_POLICY
 from moestro.engine.sequences import Forward
 from moestro.engine.vocabulary import Vocabulary, open_vocabulary
 
@@ -30,7 +31,7 @@ class Opened:
 
 
 def open_forward(
-    path: str, memory: int, *, context: int | None = None, policy: str = "serve.lru", forecast: str | None = None
+    path: str, memory: int, *, context: int | None = None, policy: str = DEFAULT_POLICY, forecast: str | None = None
 ) -> Opened:
     """A packed folder on the native forward; any other model on the reference forward.
 

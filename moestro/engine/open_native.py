@@ -4,23 +4,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moestro.core.errors import ConfigError, LoadError
-from moestro.core.expert_cache import CachePolicy
+from moestro.core.errors import LoadError
+from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
 from moestro.core.forecast import Forecast
 from moestro.core.registry import method
 from moestro.engine.describe import describe
-from moestro.engine.kernels.interface import LANES, Addresses
+from moestro.engine.kernels.interface import Addresses
 from moestro.engine.native_forward import NativeForward
-from moestro.engine.packed import EXPERTS, Packed
+from moestro.engine.packed import Packed
+from moestro.engine.room import POSITIONS, room
 from moestro.engine.slabs import load_all
 from moestro.engine.store import ExpertStore
-
-
-RESERVE = 64 << 20
-"""Bytes for what a step computes with, threads, requests and the interpreter's own growth."""
-
-POSITIONS = 4096
-"""Positions of keys and values that are kept unless asked otherwise, or the model's own if it has fewer."""
 
 
 class Native:
@@ -34,7 +28,7 @@ class Native:
 
     Attributes:
         forward: the forward. store: None where all experts are in memory. context: positions the model was made for.
-        budget: bytes for experts.
+        room: where all bytes go. budget: those for experts.
 
     Raises:
         LoadError: the folder is damaged, or no native model. ConfigError: the memory does not suffice; says how much.
@@ -46,7 +40,7 @@ class Native:
         memory: int,
         *,
         context: int | None = None,
-        policy: str = "serve.lru",
+        policy: str = DEFAULT_POLICY,
         forecast: str | None = None,
         threads: int | None = None,
     ) -> None:
@@ -55,29 +49,14 @@ class Native:
         if model.dialect != "native":
             raise LoadError(f"{path}: no native forward for this model: {model.why}")
         self.context = model.positions or POSITIONS
-        pages = -(-(context or min(POSITIONS, self.context)) // LANES)
-        page_bytes = len(model.layers) * 2 * LANES * model.kv_heads * model.head_dim * 4
-        taken = {
-            "the process": _resident_set(),
-            "what every token needs": sum(piece.nbytes for piece in packed.tensors.values()),
-            f"keys and values of {pages * LANES} positions": pages * page_bytes,
-            "working space": RESERVE,
-        }
-        experts = packed.files[EXPERTS][0]
-        largest = max((there.stride for there in packed.experts.values()), default=0)
-        self.budget = memory - sum(taken.values())
-        if self.budget < min(experts, 2 * largest):
-            parts = ", ".join(f"{name} {size:,}" for name, size in taken.items())
-            raise ConfigError(
-                f"{path}: {memory:,} bytes are too few: {parts}, and two experts {2 * largest:,}; give more memory, or "
-                "keep fewer positions with --context"
-            )
+        self.room = room(packed, memory, context)
+        self.budget, pages = self.room.budget, self.room.pages
         description = describe(packed, packed.resident())
         self.store: ExpertStore | None = None
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
         foresees: Forecast | None = None
-        if experts <= self.budget:
+        if self.room.experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
             leaves, foresees = acting(policy, forecast)
@@ -125,14 +104,3 @@ def acting(policy: str, forecast: str | None = None) -> tuple[CachePolicy, Forec
             return both, foresees
     use = method(policy)
     return use.entry("policy")(use.configure({})), foresees
-
-
-def _resident_set() -> int:
-    """Bytes of this process that are in memory now; where the system does not say, what an interpreter takes."""
-    import os
-
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 64 << 20
-    return pages * os.sysconf("SC_PAGE_SIZE")

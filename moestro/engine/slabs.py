@@ -1,5 +1,6 @@
 """Memory for slabs, and the file they are read from past the page cache."""
 
+import contextlib
 import mmap
 import os
 import stat
@@ -17,6 +18,9 @@ from moestro.engine.packed import EXPERTS, PAGE, Packed
 Read = Callable[[int, Sequence[Any], int], int]
 """``os.preadv``, or what stands in for it."""
 
+_HUGE = 16 << 20
+"""Bytes from which memory is asked for in huge pages; smaller slots would not fill theirs."""
+
 
 class Slot:
     """Anonymous page-aligned memory for one slab."""
@@ -24,6 +28,9 @@ class Slot:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         self._map = mmap.mmap(-1, nbytes)
+        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # kernels without huge pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.view = memoryview(self._map)
         self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moestro.core.errors import LoadError, SaveError
+from moestro.core.files import cache_root
 from moestro.models.atomic import BusyError, atomic_folder, recover, verify_folder
 from moestro.models.gguf_source import GGUFSource
 from moestro.models.gguf_tokenizer import write_tokenizer
@@ -27,11 +28,6 @@ VERSION = 1
 _SAMPLE_BYTES = 1 << 16
 _NUM_SAMPLES = 32
 _POLL_SECONDS = 0.2
-
-
-def cache_root() -> Path:
-    """`$MOESTRO_CACHE`, or `~/.cache/moestro`."""
-    return Path(os.environ.get("MOESTRO_CACHE") or "~/.cache/moestro").expanduser()
 
 
 def cached_folder(name: str, key: str, build: Callable[[Path], None], *, nbytes: int = 0) -> Path:

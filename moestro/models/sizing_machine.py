@@ -91,7 +91,7 @@ class Machine(Config):
 
 def machine_file() -> Path:
     """Where the measurement is kept."""
-    from moestro.models.cache import cache_root
+    from moestro.core.files import cache_root
 
     return cache_root() / "machine.json"
 

@@ -31,16 +31,15 @@ from typing import Any
 
 from moestro.core.errors import PlanError
 from moestro.core.plan import ServingPlan
-from moestro.models.sizing import Amount, LayerSize, MixtureSize, ModelSize, total
+from moestro.models.sizing import Amount, LayerSize, ModelSize, total
 from moestro.models.sizing_machine import Machine
-from moestro.models.sizing_units import flag_size, show_size
+from moestro.models.sizing_units import Range, expected_hits, flag_size, show_size
 
 
 BITS = (4, 8, 16, 32)
 PROMPT = 512
 _ROWS_KEPT = 8
 _NOISE = 1.25
-_EULER = 0.5772156649
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +70,6 @@ class Tiers:
     def share(self) -> float:
         """Share of the routed experts that is in memory; 1 without any."""
         return self.slots / self.num_experts if self.num_experts else 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A predicted rate, tokens a second, with both ends of what it may be."""
-
-    low: float
-    estimate: float
-    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,22 +175,6 @@ def _first_fit(size: ModelSize, requests: Iterable[Request], process: int) -> Re
     return next((other for other in requests if smallest(size, other, process) <= other.memory), None)
 
 
-def harmonic(number: float) -> float:
-    """H(n) = 1 + 1/2 + ... + 1/n, continued smoothly; 0 at 0."""
-    if number <= 0:
-        return 0.0
-    if number < 1:
-        return number
-    return math.log(number) + _EULER + 1 / (2 * number) - 1 / (12 * number * number)
-
-
-def _hits(mixture: MixtureSize, share: float, *, popular: bool) -> float:
-    """Share of choices that find their expert in memory."""
-    if share >= 1 or not popular:
-        return min(share, 1.0)
-    return min(harmonic(share * mixture.num_experts) / harmonic(mixture.num_experts), 1.0)
-
-
 def decode_speed(size: ModelSize, request: Request, tiers: Tiers, machine: Machine) -> Range | None:
     """Tokens a second of one sequence whose cache is full; None for a model that does not decode."""
     layers = size.decoder
@@ -219,7 +193,8 @@ def decode_speed(size: ModelSize, request: Request, tiers: Tiers, machine: Machi
 
     def reading(popular: bool) -> float:
         missing = (
-            mixture.active.bytes_at(request.bits) * (1 - _hits(mixture, tiers.share, popular=popular))
+            mixture.active.bytes_at(request.bits)
+            * (1 - expected_hits(mixture.num_experts, tiers.share, popular=popular))
             for mixture in mixtures
         )
         return sum(missing) / machine.disk_bytes_per_s

@@ -1,6 +1,8 @@
-"""Sizes as people write them, such as ``2GiB``, and back."""
+"""Sizes as people write them, such as ``2GiB``, and back; and what estimates of speed are made of."""
 
+import math
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 
 from moestro.core.errors import ConfigError
@@ -15,6 +17,7 @@ UNITS = {
 _FOLDED = {name.lower(): factor for name, factor in UNITS.items()}
 _SIZE = re.compile(r"(?P<number>[0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(?P<unit>[a-z]*)", re.IGNORECASE)
 _LARGEST = 2**63
+_EULER = 0.5772156649
 
 
 def parse_size(text: str | int, what: str = "size") -> int:
@@ -69,3 +72,32 @@ def flag_size(nbytes: int) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A predicted rate, tokens a second, with both ends of what it may be."""
+
+    low: float
+    estimate: float
+    high: float
+
+
+def harmonic(number: float) -> float:
+    """H(n) = 1 + 1/2 + ... + 1/n, continued smoothly; 0 at 0."""
+    if number <= 0:
+        return 0.0
+    if number < 1:
+        return number
+    return math.log(number) + _EULER + 1 / (2 * number) - 1 / (12 * number * number)
+
+
+def expected_hits(experts: int, share: float, *, popular: bool) -> float:
+    """Share of choices that find their expert in memory, which holds ``share`` of all.
+
+    Args:
+        popular: choices follow Zipf's law and the popular experts are in memory; else all are alike.
+    """
+    if share >= 1 or not popular:
+        return min(share, 1.0)
+    return min(harmonic(share * experts) / harmonic(experts), 1.0)

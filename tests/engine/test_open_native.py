@@ -12,7 +12,7 @@ import torch
 
 import moestro
 from moestro.core.errors import ConfigError, LoadError
-from moestro.engine import open_native
+from moestro.engine import room
 from moestro.engine.open_native import Native
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import EXPERTS, Packed
@@ -22,8 +22,8 @@ from moestro.testing.tiny import tiny_folder
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds PyTorch; a serving one does not, and tiny models need no working space."""
-    monkeypatch.setattr(open_native, "_resident_set", lambda: 0)
-    monkeypatch.setattr(open_native, "RESERVE", 0)
+    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "working_bytes", lambda model: 0)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_float32_is_what_transformers_says(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
-@pytest.mark.parametrize("policy", ["serve.lru", "serve.lfu", "serve.lfru"])
+@pytest.mark.parametrize("policy", ["serve.lru", "serve.lfu", "serve.lfru", "serve.next_need"])
 def test_few_slots_change_no_bit(bits: int, policy: str, folder: Path) -> None:
     out = packed(folder, bits)
     whole = Native(out, 1 << 30, context=64)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from moestro.core.decoding import PLAIN, Decoder
-from moestro.engine import open_native
+from moestro.engine import room
 from moestro.engine.open_native import Native
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
@@ -36,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """This process holds PyTorch; a serving one does not, and tiny models need no working space."""
-    monkeypatch.setattr(open_native, "_resident_set", lambda: 0)
-    monkeypatch.setattr(open_native, "RESERVE", 0)
+    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "working_bytes", lambda model: 0)
     return
 
 

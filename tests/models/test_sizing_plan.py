@@ -17,14 +17,13 @@ from moestro.models.sizing_plan import (
     Range,
     Request,
     decode_speed,
-    harmonic,
     needs,
     place,
     prompt_speed,
     serving_plan,
     smallest,
 )
-from moestro.models.sizing_units import parse_size
+from moestro.models.sizing_units import harmonic, parse_size
 
 
 MACHINE = Machine(

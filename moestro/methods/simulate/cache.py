@@ -49,6 +49,7 @@ class Config(BaseConfig):
         MethodUse(method="serve.lfu"),
         MethodUse(method="serve.lfru"),
         MethodUse(method="serve.static_hot"),
+        MethodUse(method="serve.next_need"),
     )
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     order: Literal["decode", "recorded"] = "decode"

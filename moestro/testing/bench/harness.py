@@ -7,6 +7,7 @@ call (also the clearing of its gradients).
 """
 
 import importlib
+import inspect
 import os
 import pkgutil
 import platform
@@ -31,6 +32,7 @@ class Row:
     """One comparison. `ratio` > 1 means ours is better, whatever the metric.
 
     `ratio` is the median over the rounds, `spread` the interquartile range as a share of it (0 where measured once).
+    `peer` and `ratio` are None where the peer is missing; `note` then says why, and else what a reader should know.
     """
 
     case: str
@@ -38,9 +40,10 @@ class Row:
     unit: str
     ours: float
     peer_name: str
-    peer: float
-    ratio: float
+    peer: float | None
+    ratio: float | None
     spread: float
+    note: str = ""
 
 
 def interleave(arms: Mapping[str, Arm], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -100,12 +103,21 @@ def names() -> list[str]:
     return sorted(name for name in found if name != "harness" and not name.startswith("-"))  # private modules
 
 
-def run(name: str, rounds: int) -> dict[str, Any]:
-    """Run one benchmark: {name, machine, date, rows}. Raises ConfigError for an unknown name."""
+def run(name: str, rounds: int, model: Path | None = None) -> dict[str, Any]:
+    """Run one benchmark: {name, machine, date, rows}.
+
+    Args:
+        model: folder of the reference model, for the benchmarks of the engine.
+
+    Raises:
+        ConfigError: no such benchmark, or it has no use for ``model``.
+    """
     if name not in names():
         raise ConfigError(f"no benchmark {name!r}; there are: {', '.join(names())}")
     module = importlib.import_module(f"moestro.testing.bench.{name.replace('-', '_')}")
-    rows: list[Row] = module.run(rounds)
+    if model is not None and "model" not in inspect.signature(module.run).parameters:
+        raise ConfigError(f"benchmark {name!r} runs no reference model; leave --model out")
+    rows: list[Row] = module.run(rounds) if model is None else module.run(rounds, model)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return {"name": name, "machine": machine(), "date": date, "rows": [asdict(row) for row in rows]}
 
