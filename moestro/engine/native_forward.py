@@ -14,6 +14,7 @@ import numpy.typing as npt
 from moestro.core.errors import ConfigError
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Addresses, Description, Floats, Ints, Kernels
+from moestro.engine.pregate import PreGate, best
 
 
 # (layer, scores [r, E], ids [r, k], weights [r, k]) of some rows -> other ids and weights [r, any]; -1: no expert.
@@ -71,6 +72,8 @@ class NativeForward:
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
         on_route: called with (layer, ids [R, k], weights [R, k]) of what was followed.
+        gate: the router of token ids, where the model has one; it decides its layers before any runs.
+        on_gate: called with the expert of every row [R] as soon as it is known.
     """
 
     page = LANES
@@ -93,11 +96,14 @@ class NativeForward:
         self.steps = self.kernels.build(description, pages=pages, threads=self.threads, slabs=slabs)
         self.description = description
         self.vocab, self.pages, self.layers = description.vocab, pages, len(description.layers)
-        self.page_bytes = self.steps.page_bytes
+        self.gate = None if description.gate is None else PreGate(description.gate, self.kernels, pages)
+        self.page_bytes = self.steps.page_bytes + (0 if self.gate is None else self.gate.page_bytes)
         self.store = store
         self.slabs = slabs or {}
         self.overrides: list[Override | None] = [None]
         self.on_route: OnRoute | None = None
+        self.on_gate: Callable[[Ints], None] | None = None
+        self._gated: Floats | None = None
 
     def step(self, batch: Rows) -> Floats:
         """Logits float32 [L, vocab] of the wanted rows; keys and values of all rows are written.
@@ -105,11 +111,14 @@ class NativeForward:
         Raises:
             ValueError: ids out of range. RuntimeError: a NaN or an infinity; the message names the place.
         """
-        self.steps.begin(
-            _ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables))
-        )
+        rows = (_ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables)))
+        self.steps.begin(*rows)
+        if self.gate is not None:
+            self._gated = self.gate.step(*rows)
+            if self.on_gate is not None:
+                self.on_gate(best(self._gated))
         overridden = batch.routes is not None and bool(np.any(batch.routes))
-        if self.store is None and not overridden:
+        if self.store is None and self.gate is None and not overridden:
             self.steps.run(0, self.layers)
             if self.on_route is not None:
                 for layer, count in enumerate(self.experts):
@@ -125,7 +134,11 @@ class NativeForward:
         return self.steps.logits(want) if want.size else np.zeros((0, self.vocab), dtype=np.float32)
 
     def _experts(self, layer: int, routes: Ints | None) -> None:
-        ids, weights = self.steps.chosen(layer)
+        if self._decoupled(layer):
+            ids = best(self._gated)[:, None]  # type: ignore[arg-type]
+            weights = np.ones(ids.shape, dtype=np.float32)
+        else:
+            ids, weights = self.steps.chosen(layer)
         if routes is not None:
             ids, weights = self._overridden(layer, np.asarray(routes), ids, weights)
         self.steps.routes(layer, ids, weights)
@@ -145,9 +158,13 @@ class NativeForward:
             finally:
                 lease.release()
 
+    def _decoupled(self, layer: int) -> bool:
+        return self.gate is not None and layer in self.gate.gate.layers
+
     def _overridden(self, layer: int, routes: Ints, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
         """Rows grouped by override, each asked once; narrower answers are padded with -1."""
-        scores = self.steps.scores(layer)
+        scores = self._gated if self._decoupled(layer) else self.steps.scores(layer)
+        assert scores is not None
         parts: list[tuple[Any, Ints, Floats]] = []
         for number in np.unique(routes):
             rows = np.nonzero(routes == number)[0]
@@ -167,6 +184,8 @@ class NativeForward:
     def copy_page(self, src: int, dst: int) -> None:
         """Keys and values of one page, all layers."""
         self.steps.copy_page(src, dst)
+        if self.gate is not None:
+            self.gate.copy_page(src, dst)
 
 
 def _ints(values: npt.ArrayLike) -> Ints:

@@ -10,6 +10,7 @@ from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import LANES, Addresses
 from moestro.engine.native_forward import NativeForward
 from moestro.engine.packed import EXPERTS, Packed
+from moestro.engine.pregate import page_bytes as gate_bytes
 from moestro.engine.slabs import load_all
 from moestro.engine.store import ExpertStore
 
@@ -53,6 +54,7 @@ class Native:
         self.context = model.positions or POSITIONS
         pages = -(-(context or min(POSITIONS, self.context)) // LANES)
         page_bytes = len(model.layers) * 2 * LANES * model.kv_heads * model.head_dim * 4
+        page_bytes += 0 if model.pregate is None else gate_bytes(model.pregate)
         taken = {
             "the process": _resident_set(),
             "what every token needs": sum(piece.nbytes for piece in packed.tensors.values()),
