@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moestro.core.errors import ConfigError
+from moestro.core.forecast import Forecast, Wish
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Addresses, Description, Floats, Ints, Kernels
+from moestro.engine.kernels.twin import ranked
 from moestro.engine.pregate import PreGate, best
 
 
@@ -60,14 +62,18 @@ class Slabs(Protocol):
 
     def waves(self, layer: int, ids: Ints) -> Iterable[Lease]: ...
 
+    def ahead(self, wishes: Iterable[Wish]) -> int: ...
+
+    def cancel(self) -> int: ...
+
 
 class NativeForward:
     """Forward over a description, with paged keys and values of its own.
 
     Args:
         pages: pages of 16 positions in the cache. store: where experts come from. slabs: layer -> addresses of all
-            experts, where all are resident; exactly one of the two for a model with experts. threads: None takes the
-            processors this process may use.
+            experts, where all are resident; exactly one of the two for a model with experts. forecast: what is asked
+            of the store ahead of need. threads: None takes the processors this process may use.
 
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
@@ -85,6 +91,7 @@ class NativeForward:
         pages: int,
         store: Slabs | None = None,
         slabs: dict[int, Addresses] | None = None,
+        forecast: Forecast | None = None,
         kernels: Kernels | None = None,
         threads: int | None = None,
     ) -> None:
@@ -100,6 +107,9 @@ class NativeForward:
         self.page_bytes = self.steps.page_bytes + (0 if self.gate is None else self.gate.page_bytes)
         self.store = store
         self.slabs = slabs or {}
+        self.forecast = None if store is None else forecast
+        if self.forecast is not None:
+            self.forecast.meet(self.experts)
         self.overrides: list[Override | None] = [None]
         self.on_route: OnRoute | None = None
         self.on_gate: Callable[[Ints], None] | None = None
@@ -117,6 +127,9 @@ class NativeForward:
             self._gated = self.gate.step(*rows)
             if self.on_gate is not None:
                 self.on_gate(best(self._gated))
+        if self.forecast is not None and self.store is not None:
+            self.store.cancel()  # what a step that failed has left
+            self.store.ahead(self.forecast.begin(rows[0], rows[1], _ints(batch.sequences)[rows[2]]))
         overridden = batch.routes is not None and bool(np.any(batch.routes))
         if self.store is None and self.gate is None and not overridden:
             self.steps.run(0, self.layers)
@@ -148,6 +161,10 @@ class NativeForward:
         if self.store is None:
             self.steps.experts(layer, needed, self.slabs[layer][needed])
             return
+        if self.forecast is not None:
+            shown = ids.view()
+            shown.flags.writeable = False
+            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
         for lease in self.store.waves(layer, needed):
             try:
                 for index in lease.ready():
@@ -160,6 +177,11 @@ class NativeForward:
 
     def _decoupled(self, layer: int) -> bool:
         return self.gate is not None and layer in self.gate.gate.layers
+
+    def _peek(self, layer: int, later: int) -> Floats:
+        """See ``moestro.core.forecast.Peek``."""
+        logits, router = self.steps.peek(layer, later), self.description.layers[later].router
+        return logits if router is None else ranked(router, logits)
 
     def _overridden(self, layer: int, routes: Ints, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
         """Rows grouped by override, each asked once; narrower answers are padded with -1."""
@@ -179,7 +201,9 @@ class NativeForward:
         return all_ids, all_weights
 
     def forget(self, sequence: int) -> None:
-        """Nothing is kept per sequence but its pages, which their owner hands out."""
+        """A sequence is over. Its pages are the affair of whoever hands them out."""
+        if self.forecast is not None:
+            self.forecast.forget(sequence)
 
     def copy_page(self, src: int, dst: int) -> None:
         """Keys and values of one page, all layers."""
