@@ -79,7 +79,8 @@ class NativeForward:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
         on_route: called with (layer, ids [R, k], weights [R, k]) of what was followed.
         gate: the router of token ids, where the model has one; it decides its layers before any runs.
-        on_gate: called with the expert of every row [R] as soon as it is known.
+        on_gate: called with the expert of every row [R] as soon as it is known. foresight: who else wants to know
+            what comes (``engine.ahead.Foresight``).
     """
 
     page = LANES
@@ -113,6 +114,7 @@ class NativeForward:
         self.overrides: list[Override | None] = [None]
         self.on_route: OnRoute | None = None
         self.on_gate: Callable[[Ints], None] | None = None
+        self.foresight: Any = None
         self._gated: Floats | None = None
 
     def step(self, batch: Rows) -> Floats:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
-from moestro.core.expert_cache import CachePolicy
+from moestro.core.expert_cache import CachePolicy, Oracle
 from moestro.core.forecast import Forecast
 from moestro.core.registry import method
+from moestro.engine.ahead import Foresight
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import LANES, Addresses
 from moestro.engine.native_forward import NativeForward
@@ -22,6 +23,9 @@ RESERVE = 64 << 20
 
 POSITIONS = 4096
 """Positions of keys and values that are kept unless asked otherwise, or the model's own if it has fewer."""
+
+PASSES = 16
+"""Passes of the queue that a policy is told of which does not say how many."""
 
 
 class Native:
@@ -79,14 +83,24 @@ class Native:
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
         foresees: Forecast | None = None
+        passes = PASSES
         if experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
             leaves, foresees = acting(policy, forecast)
+            passes = getattr(leaves, "lookahead", PASSES)
+            if isinstance(leaves, Oracle) and model.pregate is None:
+                raise ConfigError(
+                    f"{path}: {policy} must be told the future, which only routers of token ids know (train.read_me); "
+                    "this model's decide layer by layer: use serve.lru or another policy"
+                )
             self.store = ExpertStore(packed, self.budget, leaves)
         self.forward = NativeForward(
             description, pages=pages, store=self.store, slabs=slabs, forecast=foresees, threads=threads
         )
+        if self.store is not None and isinstance(self.store.cache.policy, Oracle):
+            foresight = Foresight(self.store, sorted(packed.experts), frozenset(model.decoupled), passes)
+            self.forward.foresight, self.forward.on_gate = foresight, foresight.begin
 
     def counters(self) -> dict[str, float]:
         """Counts of the store since it was opened; none where all experts are in memory."""

@@ -9,22 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-import moestro
 from moestro.core.errors import ConfigError, LoadError
-from moestro.core.plan import MethodUse
 from moestro.core.registry import method
 from moestro.engine import open_native
 from moestro.engine.describe import describe
 from moestro.engine.dialect import ModelSpec
 from moestro.engine.kernels import choose
 from moestro.engine.open_native import Native
-from moestro.engine.pack import pack_model
 from moestro.engine.packed import EXPERTS, Packed
 from moestro.engine.pregate import PreGate, best
-from moestro.testing.tiny import VOCAB, tiny_model
+from moestro.testing.tiny import VOCAB
+from tests.engine.pregated import cut, saved
 
 
-EXPERTS_EACH, UNITS = 3, 48
 IDS = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(5))
 
 
@@ -33,26 +30,6 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds PyTorch; a serving one does not, and tiny models need no working space."""
     monkeypatch.setattr(open_native, "_resident_set", lambda: 0)
     monkeypatch.setattr(open_native, "RESERVE", 0)
-
-
-def cut(storage: str = "shared_pool", keep: float = 0.5, layers: tuple[int, ...] = (0, 1)) -> Any:
-    """A dense model refactorised at random, with a router whose choices differ from token to token."""
-    model, draw = tiny_model("llama", head_dim=16), torch.Generator().manual_seed(1)
-    convert, train = method("convert.read_me").module, method("train.read_me").module
-    masks = {layer: convert.masks_of(torch.rand(EXPERTS_EACH, UNITS, generator=draw), keep) for layer in layers}
-    router = MethodUse(method="train.read_me", config={"router_dim": 16, "router_heads": 2})
-    convert.refactorize(model, masks, storage=storage, router=router)
-    gate = train.gate_of(model)
-    with torch.no_grad():
-        for parameter in gate.parameters():
-            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.5, generator=draw)
-    return model.eval()
-
-
-def saved(model: Any, out: Path, bits: int = 32) -> Path:
-    moestro.save(model, out / "model")
-    pack_model(out / "model", out / "packed", bits=bits)
-    return out / "packed"
 
 
 def rows(ids: list[int], start: int = 0, pages: tuple[int, ...] = (0, 1, 2)) -> Any:
