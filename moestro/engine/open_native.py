@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
-from moestro.core.expert_cache import CachePolicy, Oracle
+from moestro.core.expert_cache import Oracle
 from moestro.core.forecast import Forecast
-from moestro.core.registry import method
+from moestro.core.plan import MethodUse
+from moestro.engine.acting import POLICY, as_use, cache_and_forecast
 from moestro.engine.ahead import Foresight
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import LANES, Addresses
@@ -34,8 +35,8 @@ class Native:
     Args:
         path: the packed folder. memory: bytes the whole process may take, this interpreter included.
         context: positions of keys and values over all requests; None: ``POSITIONS``, or the model's own. policy: method
-            id of who leaves when experts do not all fit. forecast: method id of what says which experts to read ahead;
-            where it names the policy too, one object is both. threads: None takes the processors this process may use.
+            of who leaves when experts do not all fit. forecast: method of what says which experts to read ahead; where
+            it is the policy too, one object is both. threads: None takes the processors this process may use.
 
     Attributes:
         forward: the forward. store: None where all experts are in memory. context: positions the model was made for.
@@ -51,8 +52,8 @@ class Native:
         memory: int,
         *,
         context: int | None = None,
-        policy: str = "serve.lru",
-        forecast: str | None = None,
+        policy: str | MethodUse = POLICY,
+        forecast: str | MethodUse | None = None,
         threads: int | None = None,
     ) -> None:
         packed = Packed.open(path)
@@ -87,12 +88,12 @@ class Native:
         if experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
-            leaves, foresees = acting(policy, forecast)
+            leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
             passes = getattr(leaves, "lookahead", PASSES)
             if isinstance(leaves, Oracle) and model.pregate is None:
                 raise ConfigError(
-                    f"{path}: {policy} must be told the future, which only routers of token ids know (train.read_me); "
-                    "this model's decide layer by layer: use serve.lru or another policy"
+                    f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
+                    "(train.read_me); this model's decide layer by layer: use serve.lru or another policy"
                 )
             self.store = ExpertStore(packed, self.budget, leaves)
         self.forward = NativeForward(
@@ -124,23 +125,6 @@ class Native:
         for slot in self._kept:
             slot.free()
         self._kept = []
-
-
-def acting(policy: str, forecast: str | None = None) -> tuple[CachePolicy, Forecast | None]:
-    """A policy and a forecast by method id; one object where both name the same method.
-
-    Raises:
-        RegistryError: no such method, or it is not of that kind.
-    """
-    foresees: Forecast | None = None
-    if forecast is not None:
-        use = method(forecast)
-        foresees = use.entry("forecast")(use.configure({}))
-        both = getattr(foresees, "policy", None)
-        if policy == forecast and both is not None:
-            return both, foresees
-    use = method(policy)
-    return use.entry("policy")(use.configure({})), foresees
 
 
 def _resident_set() -> int:

@@ -155,6 +155,16 @@ def test_known_prompts_are_read_as_by_belady_in_the_simulator(packed: Path) -> N
     native.close()
 
 
+def test_nothing_is_read_in_vain(packed: Path) -> None:
+    native = few(packed, slots=5, policy="serve.read_me_belady", forecast="serve.read_me_belady")
+    assert native.store is not None
+    run(Scheduler(native.forward, Limits(running=2, chunk=2, mixed=2)), *answers())
+    needed = {key for key in native.store.cache.resident if not native.store._entries[key].used}
+    assert native.counters()["wasted"] == 0
+    assert needed == set()
+    native.close()
+
+
 def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> None:
     from moestro.engine.pack import pack_model
 

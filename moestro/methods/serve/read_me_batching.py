@@ -1,8 +1,8 @@
 """Batching by expert: tokens that take the same experts run together, so that a batch reads few of them.
 
-A router of token ids says which expert every waiting token takes. Expert e has the queue of tokens that could run now if
-e and the experts already chosen ran: of each sequence the first few that these experts serve, since a token runs after
-those before it, or beside them. Greedily, from no experts,
+A router of token ids says which expert every waiting token takes. Expert e has the queue of tokens that could run now
+if e and the experts already chosen ran: of each sequence the first few that these experts serve, since a token runs
+after those before it, or beside them. Greedily, from no experts,
 
     repeat: take the expert with the longest queue; its tokens run, or the part of them that fits into ``rows``
 
