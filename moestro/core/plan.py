@@ -265,12 +265,36 @@ class PlacementPlan(Plan):
 
 
 class ServingPlan(Plan):
-    """Which bytes live in which tier, and the policies that move them."""
+    """How a model is served: which bytes live in which tier, and who decides what while it runs.
+
+    The same plan runs in the engine (`moestro serve --plan`) and in the simulator (`moestro simulate cache`).
+
+    Attributes:
+        budget_bytes: memory of the whole process. tiers: bytes of each; ``memory.experts`` and ``disk.experts`` are the
+            experts that fit and the others.
+        policy: who leaves the cache of experts. forecast: what is read ahead of need. order: which tokens run together.
+        decoder: how logits become a choice where a request does not say. All are methods of the stage serve; None
+            leaves it to the server.
+        context: positions of keys and values over all requests. running: sequences at once. chunk: rows of a step at
+            most. None leaves them to the server.
+    """
 
     kind: ClassVar[str] = "serving"
     budget_bytes: int = Field(ge=0)
     tiers: dict[str, int]
-    policies: list[MethodUse] = Field(default_factory=list)
+    policy: MethodUse | None = None
+    forecast: MethodUse | None = None
+    order: MethodUse | None = None
+    decoder: MethodUse | None = None
+    context: int | None = Field(default=None, ge=1)
+    running: int | None = Field(default=None, ge=1)
+    chunk: int | None = Field(default=None, ge=1)
+
+    @property
+    def expert_share(self) -> float:
+        """Share of the experts' bytes that are in memory; 1 where there are none."""
+        held, away = self.tiers.get("memory.experts", 0), self.tiers.get("disk.experts", 0)
+        return held / (held + away) if held + away else 1.0
 
 
 class CompositionPlan(Plan):

@@ -9,8 +9,10 @@ import contextlib
 import functools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+from moestro.core.decoding import PLAIN
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.engine import protocol
 from moestro.engine.access import check_key, check_origin
@@ -169,6 +171,8 @@ class Api:
             body = parse(raw)
             opened = self.engine.opened
             asked = read(body, opened.name, opened.forward.vocab, self.engine.context)
+            if asked.decoder is PLAIN:
+                asked = replace(asked, decoder=self.engine.decoder)
             prompts = await asyncio.get_running_loop().run_in_executor(self.threads, self._tokens, asked)
         except MoestroError as error:
             raise BadRequest(str(error)) from None

@@ -7,9 +7,10 @@ import numpy as np
 
 from moestro.core.errors import LoadError
 from moestro.engine.dialect import LayerSpec
-from moestro.engine.kernels.interface import Attention, Description, Ffn, Layer, Matrix, Router
-from moestro.engine.layout import Bytes
+from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
+from moestro.engine.layout import Bytes, aligned
 from moestro.engine.packed import Packed
+from moestro.engine.pregate import Gate
 
 
 def describe(packed: Packed, resident: Mapping[str, Bytes]) -> Description:
@@ -26,6 +27,7 @@ def describe(packed: Packed, resident: Mapping[str, Bytes]) -> Description:
 class _Reader:
     def __init__(self, packed: Packed, resident: Mapping[str, Bytes]) -> None:
         self.packed, self.resident = packed, resident
+        self.zeros: dict[int, Bytes] = {}
 
     def get(self, name: str) -> Any:
         """A tensor as a Matrix or a float32 vector; None where the model has none of the name."""
@@ -61,8 +63,26 @@ class _Reader:
             residual_scale=model.residual_scale,
             logit_scale=model.logit_scale,
             logit_softcap=model.logit_softcap,
+            gate=self.gate(),
             keep=[self.resident],
         )
+
+    def gate(self) -> Gate | None:
+        """The router of all decoupled layers.
+
+        Raises:
+            LoadError: it is stored in a layout that rounds.
+        """
+        model = self.packed.model
+        if model.pregate is None:
+            return None
+        parts = {name: self.get(f"pregate.{name}") for name in model.pregate.tensors()}
+        matrices = {name: part for name, part in parts.items() if isinstance(part, Matrix)}
+        odd = next((name for name, matrix in matrices.items() if matrix.layout != "f32"), None)
+        if odd is not None:
+            raise LoadError(f"{self.packed.path}: pregate.{odd} is stored as {matrices[odd].layout}; it must be f32")
+        norms = {name: part for name, part in parts.items() if name not in matrices}
+        return Gate(model.pregate, matrices, norms, frozenset(model.decoupled))
 
     def layer(self, index: int, spec: LayerSpec) -> Layer:
         def get(name: str) -> Any:
@@ -99,6 +119,12 @@ class _Reader:
         found = spec.router
         if found is None:
             return None
+        if found.kind == "decoupled":  # the kernels rank zeros; the forward says what is followed
+            nbytes = -(-spec.experts // LANES) * LANES * self.packed.model.hidden * 4
+            if nbytes not in self.zeros:
+                self.zeros[nbytes] = aligned(nbytes, 64)
+            weight = Matrix("f32", spec.experts, self.packed.model.hidden, self.zeros[nbytes])
+            return Router(kind="softmax_topk", top_k=1, weight=weight, renormalise=True)
         return Router(
             kind=found.kind,
             top_k=found.top_k,

@@ -19,7 +19,7 @@ MOST = 1 << 24
 VECTOR: Final = "vector"
 """Layout of a float32 vector."""
 
-ROUTERS: Final = ("softmax_topk", "topk_softmax", "sigmoid_bias")
+ROUTERS: Final = ("softmax_topk", "topk_softmax", "sigmoid_bias", "decoupled")
 
 
 class _Strict(Config):
@@ -30,19 +30,47 @@ class RouterSpec(_Strict):
     """How a layer chooses.
 
     Attributes:
-        kind: ``softmax_topk`` (softmax over all, then the k best), ``topk_softmax`` (softmax over the k best logits) or
-            ``sigmoid_bias`` (sigmoids; ``select_bias`` shifts what is ranked, not what weighs).
+        kind: ``softmax_topk`` (softmax over all, then the k best), ``topk_softmax`` (softmax over the k best logits),
+            ``sigmoid_bias`` (sigmoids; ``select_bias`` shifts what is ranked, not what weighs) or ``decoupled`` (the
+            model's pre-gate names one expert for all such layers; it weighs 1).
         bias: logits have one. renormalise: the k weights are divided by their sum. scale: multiplies the weights.
         groups, top_groups: only experts of the best groups, by the sum of their two best, may be chosen.
     """
 
-    kind: Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
+    kind: Literal["softmax_topk", "topk_softmax", "sigmoid_bias", "decoupled"]
     top_k: int = Field(ge=1, le=MOST)
     bias: bool = False
     renormalise: bool = False
     scale: float = 1.0
     groups: int = Field(default=1, ge=1, le=MOST)
     top_groups: int = Field(default=1, ge=1, le=MOST)
+
+
+class PreGateSpec(_Strict):
+    """A router of token ids for all layers at once: an embedding, one causal block, a map to logits.
+
+    Attributes:
+        vocab: ids it knows. dim: its width. heads: of its attention; dim / heads is even. experts: it chooses among.
+    """
+
+    vocab: int = Field(ge=1, le=MOST)
+    dim: int = Field(ge=2, le=MOST)
+    heads: int = Field(ge=1, le=MOST)
+    experts: int = Field(ge=1, le=MOST)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.dim % self.heads or self.dim // self.heads % 2:
+            raise ConfigError(f"pregate: {self.heads} heads over {self.dim} dimensions; each takes an even number")
+        return self
+
+    def tensors(self) -> dict[str, Shape]:
+        """Names and shapes; the layout of the matrices is f32."""
+        dim = self.dim
+        shapes: dict[str, Shape] = {"embedding": (self.vocab, dim)}
+        shapes |= dict.fromkeys(("attention_norm", "mlp_norm", "last_norm"), (dim,))
+        shapes |= {"qkv": (3 * dim, dim), "head": (self.experts, dim)}
+        return shapes | dict.fromkeys(("out", "up", "down"), (dim, dim))
 
 
 class AttentionSpec(_Strict):
@@ -120,6 +148,7 @@ class ModelSpec(_Strict):
         ropes: number of tables of frequencies. rope_factor: multiplies cosines and sines. rope_interleaved: pairs
             (2 i, 2 i + 1) turn, not (i, i + rotary / 2).
         embed_scale, residual_scale, logit_scale: factors. logit_softcap: 0: none.
+        pregate: the router of all ``decoupled`` layers.
     """
 
     dialect: Literal["native", "modules"]
@@ -145,6 +174,7 @@ class ModelSpec(_Strict):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    pregate: PreGateSpec | None = None
     layers: tuple[LayerSpec, ...] = Field(strict=False, max_length=1 << 12)
 
     @model_validator(mode="after")
@@ -162,7 +192,30 @@ class ModelSpec(_Strict):
                 raise ConfigError(f"layer {index} has no feed-forward")
             if self.rotary and layer.attention.rope >= self.ropes:
                 raise ConfigError(f"layer {index}: table of frequencies {layer.attention.rope} of {self.ropes}")
+        self._decoupled()
         return self
+
+    def _decoupled(self) -> None:
+        """Raise ConfigError unless the pre-gate and the layers that follow it fit one another."""
+        layers = {index: self.layers[index] for index in self.decoupled}
+        if bool(layers) != (self.pregate is not None):
+            raise ConfigError(f"{len(layers)} decoupled layers and {'a' if self.pregate else 'no'} pre-gate")
+        for index, layer in layers.items():
+            assert self.pregate is not None
+            assert layer.router is not None
+            if layer.experts != self.pregate.experts or layer.router.top_k != 1:
+                raise ConfigError(
+                    f"layer {index}: top {layer.router.top_k} of {layer.experts} experts under a pre-gate that names 1 "
+                    f"of {self.pregate.experts}"
+                )
+            if self.pregate.vocab < self.vocab:
+                raise ConfigError(f"a pre-gate of {self.pregate.vocab} ids for a vocabulary of {self.vocab}")
+
+    @property
+    def decoupled(self) -> tuple[int, ...]:
+        """Layers that the pre-gate decides."""
+        routers = ((index, layer.router) for index, layer in enumerate(self.layers))
+        return tuple(index for index, router in routers if router is not None and router.kind == "decoupled")
 
     def tensors(self) -> dict[str, Shape]:
         """Names and shapes of a native model's resident tensors; one axis: a float32 vector, two: a matrix."""
@@ -172,6 +225,8 @@ class ModelSpec(_Strict):
         shapes |= self._norm("final_norm")
         if self.rotary:
             shapes |= {f"rope.{index}": (self.rotary // 2,) for index in range(self.ropes)}
+        if self.pregate is not None:
+            shapes |= {f"pregate.{name}": shape for name, shape in self.pregate.tensors().items()}
         for index, layer in enumerate(self.layers):
             found = {**self._norm("attention_norm"), **self._norm("ffn_norm")}
             found |= self._attention(layer) | self._feed_forward(layer)
@@ -202,7 +257,7 @@ class ModelSpec(_Strict):
 
     def _feed_forward(self, layer: LayerSpec) -> dict[str, Shape]:
         shapes: dict[str, Shape] = {}
-        if layer.router is not None:
+        if layer.router is not None and layer.router.kind != "decoupled":
             shapes["router"] = (layer.experts, self.hidden)
             if layer.router.bias:
                 shapes["router_bias"] = (layer.experts,)

@@ -16,6 +16,7 @@ from moestro.core.forecast import Forecast, Wish
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Addresses, Description, Floats, Ints, Kernels
 from moestro.engine.kernels.twin import ranked
+from moestro.engine.pregate import PreGate, best
 
 
 # (layer, scores [r, E], ids [r, k], weights [r, k]) of some rows -> other ids and weights [r, any]; -1: no expert.
@@ -77,6 +78,9 @@ class NativeForward:
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
         on_route: called with (layer, ids [R, k], weights [R, k]) of what was followed.
+        gate: the router of token ids, where the model has one; it decides its layers before any runs.
+        on_gate: called with the expert of every row [R] as soon as it is known. foresight: who else wants to know
+            what comes (``engine.ahead.Foresight``).
     """
 
     page = LANES
@@ -100,7 +104,8 @@ class NativeForward:
         self.steps = self.kernels.build(description, pages=pages, threads=self.threads, slabs=slabs)
         self.description = description
         self.vocab, self.pages, self.layers = description.vocab, pages, len(description.layers)
-        self.page_bytes = self.steps.page_bytes
+        self.gate = None if description.gate is None else PreGate(description.gate, self.kernels, pages)
+        self.page_bytes = self.steps.page_bytes + (0 if self.gate is None else self.gate.page_bytes)
         self.store = store
         self.slabs = slabs or {}
         self.forecast = None if store is None else forecast
@@ -108,6 +113,9 @@ class NativeForward:
             self.forecast.meet(self.experts)
         self.overrides: list[Override | None] = [None]
         self.on_route: OnRoute | None = None
+        self.on_gate: Callable[[Ints], None] | None = None
+        self.foresight: Any = None
+        self._gated: Floats | None = None
 
     def step(self, batch: Rows) -> Floats:
         """Logits float32 [L, vocab] of the wanted rows; keys and values of all rows are written.
@@ -115,13 +123,17 @@ class NativeForward:
         Raises:
             ValueError: ids out of range. RuntimeError: a NaN or an infinity; the message names the place.
         """
-        tokens, positions, rows_of = _ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of)
-        self.steps.begin(tokens, positions, rows_of, np.atleast_2d(_ints(batch.tables)))
+        rows = (_ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables)))
+        self.steps.begin(*rows)
+        if self.gate is not None:
+            self._gated = self.gate.step(*rows)
+            if self.on_gate is not None:
+                self.on_gate(best(self._gated))
         if self.forecast is not None and self.store is not None:
             self.store.cancel()  # what a step that failed has left
-            self.store.ahead(self.forecast.begin(tokens, positions, _ints(batch.sequences)[rows_of]))
+            self.store.ahead(self.forecast.begin(rows[0], rows[1], _ints(batch.sequences)[rows[2]]))
         overridden = batch.routes is not None and bool(np.any(batch.routes))
-        if self.store is None and not overridden:
+        if self.store is None and self.gate is None and not overridden:
             self.steps.run(0, self.layers)
             if self.on_route is not None:
                 for layer, count in enumerate(self.experts):
@@ -137,7 +149,11 @@ class NativeForward:
         return self.steps.logits(want) if want.size else np.zeros((0, self.vocab), dtype=np.float32)
 
     def _experts(self, layer: int, routes: Ints | None) -> None:
-        ids, weights = self.steps.chosen(layer)
+        if self._decoupled(layer):
+            ids = best(self._gated)[:, None]  # type: ignore[arg-type]
+            weights = np.ones(ids.shape, dtype=np.float32)
+        else:
+            ids, weights = self.steps.chosen(layer)
         if routes is not None:
             ids, weights = self._overridden(layer, np.asarray(routes), ids, weights)
         self.steps.routes(layer, ids, weights)
@@ -168,6 +184,9 @@ class NativeForward:
             shown.flags.writeable = False
             self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
 
+    def _decoupled(self, layer: int) -> bool:
+        return self.gate is not None and layer in self.gate.gate.layers
+
     def _peek(self, layer: int, later: int) -> Floats:
         """See ``moestro.core.forecast.Peek``."""
         logits, router = self.steps.peek(layer, later), self.description.layers[later].router
@@ -175,7 +194,8 @@ class NativeForward:
 
     def _overridden(self, layer: int, routes: Ints, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
         """Rows grouped by override, each asked once; narrower answers are padded with -1."""
-        scores = self.steps.scores(layer)
+        scores = self._gated if self._decoupled(layer) else self.steps.scores(layer)
+        assert scores is not None
         parts: list[tuple[Any, Ints, Floats]] = []
         for number in np.unique(routes):
             rows = np.nonzero(routes == number)[0]
@@ -197,6 +217,8 @@ class NativeForward:
     def copy_page(self, src: int, dst: int) -> None:
         """Keys and values of one page, all layers."""
         self.steps.copy_page(src, dst)
+        if self.gate is not None:
+            self.gate.copy_page(src, dst)
 
 
 def _ints(values: npt.ArrayLike) -> Ints:

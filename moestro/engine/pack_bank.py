@@ -1,7 +1,7 @@
 """The experts of one layer of a checkpoint, expert by expert, as the matrices of a slab."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moestro.surgery.disk import Folder
+
+
+PREGATED: Final = "train.read_me"
+"""The method of routers that read token ids only; what they choose weighs 1."""
 
 
 class Rows:
@@ -43,17 +47,20 @@ class Part:
 
 def bank_at(folder: "Folder", path: str, module: "nn.Module", bits: int) -> "BankReader | None":
     """The experts of a mixture, or None where they are no plain feed-forwards or something changes what they do."""
-    from moestro.core.bank import StackedFFN
+    from moestro.core.bank import PooledFFN, StackedFFN
     from moestro.core.dispatch import LocalDispatcher
     from moestro.core.layer import MoELayer, add_shared
     from moestro.core.packed import PackedFFN
     from moestro.core.remap import RemapRouter
 
-    if not isinstance(module, MoELayer) or type(module.bank) not in (StackedFFN, PackedFFN):
+    if not isinstance(module, MoELayer) or type(module.bank) not in (StackedFFN, PackedFFN, PooledFFN):
         return None
     plain = module.pre is None and module.post is None and module.combine is add_shared
     if not plain or type(module.dispatcher) is not LocalDispatcher or isinstance(module.router, RemapRouter):
         return None
+    if isinstance(module.bank, PooledFFN):
+        pool = module.bank.pool
+        return None if module.router.num_null or pool.out != pool.dim else PoolReader(folder, path, module, bits)
     if module.router.num_null or module.bank.out != module.bank.dim:
         return None
     return BankReader(folder, f"{path}.bank", module.bank, bits)
@@ -184,6 +191,49 @@ class BankReader:
             return pack_codes(plain, scale, zero.astype(np.uint8), part.layout)
         wide = np.repeat(zero, GROUP, axis=1)[:, : part.shape[1]]
         return pack_codes((plain - wide + ZERO[part.layout]).astype(np.uint8), scale, None, part.layout)
+
+
+class PoolReader(BankReader):
+    """Experts that are lists of units of one pool; each becomes matrices of its own.
+
+    Where the router is a pre-gate, whose chosen expert always weighs 1, units of every expert can be computed for all
+    tokens: ``permanent`` lists them, for a branch beside the experts, and the slabs hold only what an expert has for
+    itself.
+
+    Attributes:
+        permanent: units of every expert that the slabs leave out, int64 [P]; at least one unit stays in each slab.
+    """
+
+    def __init__(self, folder: "Folder", path: str, module: Any, bits: int) -> None:
+        bank = module.bank
+        rows = folder.tensor(f"{path}.bank.rows_EW").numpy()
+        units, count = np.unique(rows, return_counts=True)
+        router = getattr(module.router, "made_by", None)
+        always = router is not None and router.method == PREGATED and module.shared is None
+        common = units[count == len(rows)] if always and bank.pool.up_bias is None else units[:0]
+        self.permanent = common[: max(rows.shape[1] - 1, 0)]
+        self.rows = np.stack([row[~np.isin(row, self.permanent)] for row in rows])
+        super().__init__(folder, f"{path}.bank", bank.pool, bits)
+        self.num = bank.num_experts
+
+    def layer(self, site: str) -> LayerSpec:
+        """See BankReader."""
+        return super().layer(site).model_copy(update={"inner": self.rows.shape[1]})
+
+    def slot(self, expert: int, name: str) -> tuple[str, Any]:
+        """See BankReader."""
+        return self.units(self.rows[expert], name)
+
+    def units(self, rows: npt.NDArray[np.int64], name: str) -> tuple[str, Any]:
+        """Where the part of a matrix or bias stands that some units need."""
+        import torch
+
+        leaf, _ = super().slot(0, name)
+        leaf = leaf.replace(f"{self.path}.", f"{self.path}.pool.", 1)
+        unit = torch.from_numpy(rows + (self.bank.inner if name.startswith("up") and self.bank.gated else 0))
+        if name == "down_bias":
+            return leaf, (0,)
+        return leaf, (0, slice(None), unit) if name == "down" else (0, unit)
 
 
 def _holds(used: Any, width: int) -> bool:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from moestro.core.errors import LoadError
-from moestro.engine.dialect import VECTOR, AttentionSpec, LayerSpec, ModelSpec, RouterSpec, Shape
+from moestro.engine.dialect import VECTOR, AttentionSpec, LayerSpec, ModelSpec, PreGateSpec, RouterSpec, Shape
 from moestro.engine.layout import OF_BITS
-from moestro.engine.pack_bank import BankReader, bank_at
+from moestro.engine.pack_bank import PREGATED, BankReader, PoolReader, bank_at
 
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ class _Native:
         self.tensors: dict[str, Entry] = {}
         self.banks: dict[int, BankReader] = {}
         self.used: set[str] = set()
+        self.pregate: PreGateSpec | None = None
 
     def contents(self) -> Contents:
         """The whole model; every tensor of the checkpoint is in it."""
@@ -166,6 +167,7 @@ class _Native:
             tied=tied,
             layers=tuple(layers),
             eos=_eos(model),
+            pregate=self.pregate,
             **settings,
         )
         for name, shape in made.tensors().items():
@@ -273,6 +275,10 @@ class _Native:
         update: dict[str, Any] = {"router": self.router(name, path, module)}
         if module.shared is not None:
             update |= self.shared(name, f"{path}.shared", module.shared, made)
+        if isinstance(bank, PoolReader) and len(bank.permanent):
+            for part in bank.projections:
+                self.take(f"{name}.shared.{part}", *bank.units(bank.permanent, part))
+            update["shared"] = len(bank.permanent)
         return made.model_copy(update=update)
 
     def shared(self, name: str, path: str, module: Any, made: LayerSpec) -> dict[str, Any]:
@@ -320,6 +326,8 @@ class _Native:
         """The dialect of a router, and its tensors."""
         made = getattr(layer.router, "made_by", None)
         method = "" if made is None else made.method
+        if method == PREGATED:
+            return self.decoupled(layer.router)
         if method not in ("train.softmax_topk", "train.sigmoid_bias"):
             raise NotNative(f"the router of {path} is a {type(layer.router).__name__}")
         config: Any = layer.router.config
@@ -338,6 +346,17 @@ class _Native:
         chosen = config.softmax == "chosen"
         kind = "topk_softmax" if chosen else "softmax_topk"
         return RouterSpec(kind=kind, bias=config.bias, renormalise=config.renormalise and not chosen, **common)
+
+    def decoupled(self, router: Any) -> RouterSpec:
+        """A router that borrows the model's pre-gate; the gate's tensors are taken once."""
+        gate = router.gate.module
+        if self.pregate is None:
+            vocab, dim = gate.embedding.weight.shape
+            path = next(path for path, module in self.folder.model.named_modules() if module is gate)
+            self.pregate = PreGateSpec(vocab=vocab, dim=dim, heads=gate.heads, experts=gate.head.out_features)
+            for name, shape in self.pregate.tensors().items():
+                self.take(f"pregate.{name}", f"{path}.{name}.weight", layout=None if len(shape) == 1 else "f32")
+        return RouterSpec(kind="decoupled", top_k=1)
 
 
 def _mixture_type() -> type:

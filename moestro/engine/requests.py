@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from moestro.core.decoding import PLAIN, Decoder
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.engine.sampler import Choice, Sampler, Sampling
-from moestro.engine.sequences import Floats, Table
+from moestro.engine.sequences import Floats, Ints, Table
 from moestro.engine.text import TextStream
 
 
@@ -81,6 +81,8 @@ class Request:
         prompt: token ids, at least one. max_tokens: how many to write at most. ends: tokens that end a text.
         sink: called from the engine's thread with every Piece; it must not block.
         after: a request with the same prompt, whose pages are worth waiting for.
+        ahead: experts of its first tokens, int32 [n], as far as a router of token ids was asked. ran: when some of it
+            last ran, or when it came.
     """
 
     prompt: Sequence[int]
@@ -97,6 +99,8 @@ class Request:
     done: bool = False
     arrived: float = 0.0
     served: float = 0.0
+    ran: float = 0.0
+    ahead: Ints | None = None
     routes: tuple[int, ...] = ()
     cached: int = 0
     _sampler: Sampler | None = None

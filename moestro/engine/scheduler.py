@@ -12,7 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moestro.core.batching import Batcher
 from moestro.core.errors import ConfigError, MoestroError
+from moestro.engine.ahead import Ahead, pending
 from moestro.engine.decoding import route_index
 from moestro.engine.metrics import Stats
 from moestro.engine.requests import BusyError, Lane, Limits, Piece, Request, Work
@@ -32,7 +34,11 @@ class Scheduler:
 
     Args:
         share: let sequences that begin alike share pages. order: who is written first where ``limits.width`` is
-            smaller than the number of sequences. clock: seconds.
+            smaller than the number of sequences. batcher: chooses the rows of every step, in place of ``order``,
+            ``width`` and ``mixed``. clock: seconds.
+
+    Raises:
+        ConfigError: the batcher wants to know experts ahead, and this model's routers do not tell.
     """
 
     def __init__(
@@ -42,12 +48,14 @@ class Scheduler:
         *,
         share: bool = True,
         order: Order | None = None,
+        batcher: Batcher | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.forward = forward
         self.limits = limits or Limits()
         self.pages = Pages(forward.pages, forward.page, share)
-        self.order = order
+        self.order, self.batcher = order, batcher
+        self.ahead = Ahead.of(forward, self.limits, batcher)
         self.clock = clock
         self.stats = Stats()
         self.waiting: deque[Request] = deque()
@@ -89,7 +97,7 @@ class Scheduler:
         for request in requests:
             self.check(request)
             request.tokens = list(request.prompt)
-            request.arrived = request.served = self.clock()
+            request.arrived = request.served = request.ran = self.clock()
         with self._lock:
             tokens = sum(request.size for request in self.waiting)
             full = len(self.waiting) + len(requests) > self.limits.waiting
@@ -118,9 +126,13 @@ class Scheduler:
         """Run one step; False when there is nothing to do."""
         self._sweep()
         self._admit()
-        work = self._choose()
+        if self.ahead is not None:
+            self.ahead.meet(self.running)
+        work = self._choose() if self.batcher is None else self._batched(self.batcher)
         if not work:
             return False
+        if self.ahead is not None:
+            self.ahead.tell(work, self.running, list(self.waiting), self.clock())
         began = self.clock()
         self._run(work)
         self.stats.step(sum(item.rows for item in work), self.clock() - began)
@@ -195,6 +207,19 @@ class Scheduler:
                 rows -= stop - lane.table.length
         return work
 
+    def _batched(self, batcher: Batcher) -> list[Work]:
+        """The rows of the next step as a batcher wants them."""
+        lanes = [(request, lane) for request in self.running for lane in request.lanes if lane.logits is None]
+        if not lanes:
+            return []
+        now = self.clock()
+        taken = batcher.take([pending(*pair, now, self.limits.chunk) for pair in lanes], self.limits.chunk)
+        return [
+            Work(request, lane, lane.table.length + count)
+            for (request, lane), count in zip(lanes, taken, strict=True)
+            if count
+        ]
+
     def _in_turn(self, writing: list[Request]) -> list[Request]:
         """Who is written in this step: those that waited too long, then whoever ``order`` prefers."""
         width = self.limits.width
@@ -222,8 +247,9 @@ class Scheduler:
             for request in requests:
                 self._run([item for item in work if item.request is request])
             return
-        rows = iter(logits)
+        rows, now = iter(logits), self.clock()
         for item in work:
+            item.request.ran = now
             self.pages.written(item.lane.table, item.request.tokens, item.stop)
             if item.stop == len(item.request.tokens):
                 item.lane.logits = next(rows)

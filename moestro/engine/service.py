@@ -4,6 +4,8 @@ import logging
 import threading
 import time
 
+from moestro.core.batching import Batcher
+from moestro.core.decoding import PLAIN, Decoder
 from moestro.core.errors import MoestroError
 from moestro.engine.metrics import Heat
 from moestro.engine.open import Opened
@@ -22,14 +24,21 @@ class Engine:
     """A scheduler in a thread of its own.
 
     Args:
-        opened: the model. limits, share, order: see ``Scheduler``.
+        opened: the model. limits, share, order, batcher: see ``Scheduler``. decoder: of requests that do not name one.
     """
 
     def __init__(
-        self, opened: Opened, limits: Limits | None = None, *, share: bool = True, order: Order | None = None
+        self,
+        opened: Opened,
+        limits: Limits | None = None,
+        *,
+        share: bool = True,
+        order: Order | None = None,
+        batcher: Batcher | None = None,
+        decoder: Decoder = PLAIN,
     ) -> None:
-        self.opened = opened
-        self.scheduler = Scheduler(opened.forward, limits, share=share, order=order)
+        self.opened, self.decoder = opened, decoder
+        self.scheduler = Scheduler(opened.forward, limits, share=share, order=order, batcher=batcher)
         self.heat = Heat(opened.forward.experts)
         opened.forward.on_route = self.heat
         self.started = time.time()

@@ -239,6 +239,7 @@ def serving_plan(size: ModelSize, request: Request, tiers: Tiers, speeds: dict[s
         method="plan",
         config={"context": request.context, "bits": request.bits},
         budget_bytes=request.memory,
+        context=request.context,
         tiers={
             "memory.weights": tiers.weights,
             "memory.cache": tiers.cache,

@@ -31,14 +31,18 @@ _HOMES = {
     "objective": "moestro.testing.objective_contract",
     "policy": "moestro.testing.policy_contract",
     "decoder": "moestro.testing.decoder_contract",
+    "batcher": "moestro.testing.batcher_contract",
     "forecast": "moestro.testing.forecast_contract",
 }
+
+# What a policy returns -> the contract it is under, unless it is that of the cache.
+_ACTS = {"Decoder": "decoder", "Batcher": "batcher"}
 
 
 def contract_of(stage: str) -> dict[str, dict[str, str]]:
     """Entry -> invariant -> what it says; empty while a stage has no contract.
 
-    A policy that decodes keeps what stands under ``decoder``.
+    A policy that decodes keeps what stands under ``decoder``, one that batches what stands under ``batcher``.
     """
     name = f"moestro.methods.{stage}._contract"
     if stage not in STAGES or importlib.util.find_spec(name) is None:
@@ -55,7 +59,7 @@ def checks_of(method_id: str) -> tuple[str, ...]:
     info = infos()[method_id]
     contract = contract_of(info.stage)
     entries = [
-        "decoder" if entry == "policy" and info.acts == "Decoder" else entry
+        _ACTS.get(info.acts, entry) if entry == "policy" else entry
         for entry in info.entries
         if entry != "objective" or "build" not in info.entries
     ]

@@ -12,11 +12,14 @@ import httpx
 import pytest
 
 from moestro.cli import main
+from moestro.cli.serve import _planned
+from moestro.core.plan import MethodUse, ServingPlan
 from moestro.data.tokens import byte_tokenizer
 from moestro.testing.tiny import tiny_folder
 
 
 ROOT = Path(__file__).parents[2]
+ORDER = MethodUse(method="serve.read_me_batching", config={"max_wait": 0.5})
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--memory", "1GiB", "--port", "70000"], "port"),
         (["--memory", "1GiB", "--policy", "serve.scmoe"], "serve.lru"),
         (["--memory", "1GiB", "--policy", "lru"], "serve.lru"),
+        (["--memory", "1GiB", "--forecast", "serve.lru"], "forecast serve.lru is none of"),
+        (["--memory", "1GiB", "--order", "serve.lru"], "order serve.lru is none of serve.read_me_batching"),
+        (["--memory", "1GiB", "--order", "serve.read_me_batching"], "needs a model whose router reads token ids only"),
+        (["--memory", "1GiB", "--decoder", "serve.lru"], "decoder serve.lru is none of serve.scmoe"),
+        ([], "give --memory"),
+        (["--plan", "nowhere.json"], "nowhere.json: not a readable plan"),
     ],
 )
 def test_what_is_refused(folder: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +56,16 @@ def test_what_is_refused(folder: Path, arguments: list[str], said: str, capsys: 
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_options_go_before_the_plan(tmp_path: Path) -> None:
+    uses = {"policy": MethodUse(method="serve.lfu", config={"half_life": 9.0}), "order": ORDER}
+    plan = ServingPlan(method="plan", budget_bytes=5 << 20, tiers={}, context=64, chunk=7, running=3, **uses)
+    path = plan.save(tmp_path / "plan.json")
+    assert _planned(path, None, {}, {}) == plan
+    found = _planned(path, "1MiB", {"policy": "serve.lru", "decoder": None}, {"chunk": 9, "running": None})
+    changes = {"budget_bytes": 1 << 20, "policy": MethodUse(method="serve.lru"), "chunk": 9}
+    assert found == plan.model_copy(update=changes)
 
 
 def test_a_short_key_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

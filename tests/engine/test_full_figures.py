@@ -24,7 +24,7 @@ import pytest
 
 from moestro.core.decoding import PLAIN
 from moestro.core.registry import infos, method
-from moestro.engine import open_native
+from moestro.engine import room
 from moestro.engine.fields import BadRequest, parse
 from moestro.engine.open import Opened
 from moestro.engine.open_native import Native
@@ -77,8 +77,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process holds PyTorch; a serving one does not, and tiny models need no working space."""
-    monkeypatch.setattr(open_native, "_resident_set", lambda: 0)
-    monkeypatch.setattr(open_native, "RESERVE", 0)
+    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "working_bytes", lambda model: 0)
 
 
 def written(forward: Any, prompts: list[list[int]], count: int, limits: Limits) -> list[list[Any]]:

@@ -6,20 +6,21 @@ moment its file exists.
 
 from typing import Any, Final, Protocol
 
+from moestro.core.batching import Batcher
 from moestro.core.decoding import Decoder
 from moestro.core.expert_cache import CachePolicy
 from moestro.core.forecast import Forecast
 
 
 class Policy(Protocol):
-    """`policy(config, plan=None)`: who leaves the cache of experts, or how logits become a choice.
+    """`policy(config, plan=None)`: who leaves the cache of experts, how logits become a choice, or what runs together.
 
     The same policy of a cache runs in the simulator and in the engine. It may also be a `Learner` (it is shown a
     recorded past) or an `Oracle` (it must be told the future). What the entry is annotated to return says which of
-    the two it is.
+    the three it is.
     """
 
-    def __call__(self, config: Any, plan: Any = None) -> CachePolicy | Decoder: ...
+    def __call__(self, config: Any, plan: Any = None) -> CachePolicy | Decoder | Batcher: ...
 
 
 class Foresees(Protocol):
@@ -48,6 +49,13 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "equal_passes_are_the_model": "where all passes agree, the likeliest token is the model's",
         "exact_is_exact": "a decoder that calls itself exact gives the model's own row",
         "it_is_named": "answers carry the id of the method",
+    },
+    "batcher": {
+        "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",
+        "takes_what_is_there": "no sequence gives more than it has, a step takes no more rows than it may, and some",
+        "everything_runs": "sequences that give a batch after another run to their ends",
+        "choices_are_repeatable": "the same that waits gives the same batch, whatever was chosen before",
+        "it_is_named": "it carries the id of the method",
     },
     "forecast": {
         "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",

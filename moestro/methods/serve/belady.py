@@ -9,7 +9,6 @@ Source: Belady 1966; as the eviction rule of Read-ME (2410.19123), whose decoupl
 of the queue.
 """
 
-from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -17,9 +16,7 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import CachePolicy, Key
-
-
-NEVER = 1 << 62
+from moestro.methods.serve._parts.future import Future
 
 
 class Config(BaseConfig):
@@ -30,23 +27,19 @@ class Belady(CachePolicy):
     """See CachePolicy and Oracle."""
 
     def __init__(self) -> None:
-        self.needs: dict[Key, deque[int]] = {}
+        self.future = Future()
         self.last: dict[Key, int] = {}
         self.told = False
+        self.now = -1
 
     def foresee(self, steps: Iterable[Sequence[Key]], start: int = 0) -> None:
-        """See Oracle. Steps must be told in order."""
+        """See Oracle. Steps must be told in order; what is told again replaces what was told."""
         self.told = True
-        for time, keys in enumerate(steps, start):
-            for key in dict.fromkeys(keys):
-                self.needs.setdefault(key, deque()).append(time)
+        self.future.tell(steps, start)
 
     def on_access(self, key: Key, time: int) -> None:
         """See CachePolicy."""
-        self.last[key] = time
-        future = self.needs.get(key)
-        while future and future[0] <= time:
-            future.popleft()
+        self.last[key] = self.now = time
 
     def on_insert(self, key: Key, time: int) -> None:
         """See CachePolicy."""
@@ -62,11 +55,7 @@ class Belady(CachePolicy):
             raise ConfigError(
                 "serve.belady must be told the future: use it in `moestro simulate cache`, or another policy"
             )
-        return max(candidates, key=lambda key: (self._next(key), -self.last[key], key))
-
-    def _next(self, key: Key) -> int:
-        future = self.needs.get(key)
-        return future[0] if future else NEVER
+        return max(candidates, key=lambda key: (self.future.next(key, self.now), -self.last[key], key))
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

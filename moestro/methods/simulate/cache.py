@@ -22,7 +22,7 @@ from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import ExpertCache, Key, Learner, Oracle, run_step
 from moestro.core.inputs import MeterInputs
-from moestro.core.plan import MethodUse
+from moestro.core.plan import MethodUse, ServingPlan
 from moestro.core.registry import method
 from moestro.core.report import Report, Table
 from moestro.methods.simulate._parts.steps import Steps, steps_of
@@ -40,6 +40,7 @@ class Config(BaseConfig):
         policies: methods of the stage serve; the bound is added. budgets: shares of all experts' bytes, or bytes above
         1. order: decode (token by token) or recorded (forwards as they were). batch: sequences side by side in decode.
         learn: share of the tokens that policies may learn from; the rest is measured.
+        plan: file of a serving plan: its policy, its share of the experts, in place of policies and budgets.
         expert_bytes: of an expert. disk_bytes_per_s, disk_latency_s: of reading one. expert_s: seconds to compute one
             for a step. layer_s: seconds of a layer beside its experts.
     """
@@ -55,6 +56,7 @@ class Config(BaseConfig):
     order: Literal["decode", "recorded"] = "decode"
     batch: int = Field(default=1, ge=1)
     learn: float = Field(default=0.25, ge=0, lt=1)
+    plan: str | None = None
     expert_bytes: int = Field(default=1 << 20, ge=1)
     disk_bytes_per_s: float = Field(default=1e9, gt=0)
     disk_latency_s: float = Field(default=1e-4, ge=0)
@@ -150,12 +152,21 @@ def curves(report: Report) -> dict[str, Any]:
     return {"x": "share of all experts in the cache", "y": "hit ratio", "series": series}
 
 
+def planned(config: Config, plan: ServingPlan) -> Config:
+    """The settings by which a plan is played."""
+    policy = plan.policy or MethodUse(method="serve.lru")
+    return config.model_copy(update={"policies": (policy,), "budgets": (plan.expert_share,)})
+
+
 def measure(subject: MeterInputs, config: Config) -> Report:
     """Play the trace.
 
     Raises:
         ConfigError: a budget below one expert, a trace too short to measure anything behind what is learned.
+        PlanError: the plan cannot be read.
     """
+    if config.plan is not None:
+        config = planned(config, ServingPlan.load(config.plan))
     steps = steps_of(subject.trace, config.order, config.batch)
     past, rest = steps.split(config.learn)
     if not rest.keys:

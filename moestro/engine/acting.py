@@ -1,0 +1,87 @@
+"""Who decides what while a model is served: methods of the stage serve, checked before anything is loaded."""
+
+from typing import Any, Final
+
+from moestro.core.batching import Batcher
+from moestro.core.decoding import PLAIN, Decoder
+from moestro.core.errors import ConfigError
+from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
+from moestro.core.forecast import Forecast
+from moestro.core.plan import MethodUse, ServingPlan
+from moestro.core.registry import MethodInfo, infos, method
+
+
+POLICY: Final = MethodUse(method=DEFAULT_POLICY)
+"""Who leaves memory where nobody says."""
+
+_RETURNS: Final = {"policy": "CachePolicy", "order": "Batcher", "decoder": "Decoder"}
+
+
+def check_use(role: str, use: MethodUse) -> None:
+    """Check that a method can act as ``policy``, ``forecast``, ``order`` or ``decoder``, with its settings.
+
+    Raises:
+        ConfigError: it cannot; says which can.
+    """
+
+    def fits(info: MethodInfo) -> bool:
+        return "forecast" in info.entries if role == "forecast" else info.acts == _RETURNS[role]
+
+    if use.method not in infos() or not fits(infos()[use.method]):
+        known = ", ".join(name for name, info in infos().items() if fits(info))
+        raise ConfigError(f"{role} {use.method} is none of {known}")
+    method(use.method).configure(use.config)
+
+
+def check_plan(plan: ServingPlan) -> None:
+    """Check every method that a plan names.
+
+    Raises:
+        ConfigError: one cannot act as what it is named for, or policy and forecast are one method with two settings.
+    """
+    uses = {role: getattr(plan, role) for role in ("policy", "forecast", "order", "decoder")}
+    for role, use in uses.items():
+        if use is not None:
+            check_use(role, use)
+    policy, forecast = uses["policy"], uses["forecast"]
+    if policy is not None and forecast is not None and policy.method == forecast.method and policy != forecast:
+        raise ConfigError(
+            f"{policy.method} is policy with {policy.config} and forecast with {forecast.config}; it is one object "
+            "with one set of settings"
+        )
+
+
+def made(role: str, use: MethodUse) -> Any:
+    """What a method makes."""
+    found = method(use.method)
+    return found.entry("forecast" if role == "forecast" else "policy")(found.configure(use.config))
+
+
+def cache_and_forecast(policy: MethodUse, forecast: MethodUse | None) -> tuple[CachePolicy, Forecast | None]:
+    """Who leaves the cache, and what is read ahead; one object where both are the same method.
+
+    Raises:
+        RegistryError: no such method, or it is not of that kind.
+    """
+    foresees: Forecast | None = None if forecast is None else made("forecast", forecast)
+    both = getattr(foresees, "policy", None)
+    if forecast is not None and policy.method == forecast.method and both is not None:
+        return both, foresees
+    return made("policy", policy), foresees
+
+
+def batcher_of(plan: ServingPlan) -> Batcher | None:
+    """What runs together, by a plan."""
+    found: Batcher | None = None if plan.order is None else made("order", plan.order)
+    return found
+
+
+def decoder_of(plan: ServingPlan) -> Decoder:
+    """How logits become a choice where a request does not say, by a plan."""
+    found: Decoder = PLAIN if plan.decoder is None else made("decoder", plan.decoder)
+    return found
+
+
+def as_use(value: str | MethodUse) -> MethodUse:
+    """A method by id, without settings, or as it is."""
+    return MethodUse(method=value) if isinstance(value, str) else value

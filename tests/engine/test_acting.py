@@ -1,0 +1,154 @@
+"""A serving plan acts alike in the engine and in the simulator, and is checked before anything is loaded."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moestro.core.errors import ConfigError
+from moestro.core.inputs import MeterInputs
+from moestro.core.plan import MethodUse, ServingPlan
+from moestro.core.registry import method
+from moestro.core.trace import RoutingTrace, trace
+from moestro.engine import room
+from moestro.engine.acting import as_use, batcher_of, check_plan, decoder_of
+from moestro.engine.open import open_forward
+from moestro.engine.open_native import Native
+from moestro.engine.packed import EXPERTS, Packed
+from moestro.engine.requests import Limits
+from moestro.engine.scheduler import Scheduler
+from moestro.testing.tiny import VOCAB
+from tests.engine.pregated import cut, saved
+from tests.engine.running import Answer, run
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process holds PyTorch; a serving one does not, and tiny models need no working space."""
+    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "working_bytes", lambda model: 0)
+
+
+IDS = torch.randint(3, VOCAB, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed model, and beside it the trace of three texts."""
+    folder, model = tmp_path_factory.mktemp("plan"), cut()
+    with torch.no_grad(), trace(model, folder / "run.trace"):
+        model(input_ids=IDS)
+    return saved(model, folder)
+
+
+def planned(packed: Path, slots: int, **uses: Any) -> ServingPlan:
+    """A plan that keeps some experts of the model in memory, for three texts of 48 positions."""
+    opened = Packed.open(packed)
+    model, experts = opened.model, opened.files[EXPERTS][0]
+    stride = next(iter(opened.experts.values())).stride
+    kept = 144 * 2 * 4 * (len(model.layers) * model.kv_heads * model.head_dim + 16)
+    resident = sum(piece.nbytes for piece in opened.tensors.values())
+    return ServingPlan(
+        method="test",
+        model_hash=model.hash,
+        budget_bytes=kept + resident + slots * stride,
+        tiers={"memory.experts": slots * stride, "disk.experts": experts - slots * stride},
+        context=144,
+        **{name: as_use(use) for name, use in uses.items()},
+    )
+
+
+USES = [
+    as_use("serve.lru"),
+    MethodUse(method="serve.lfu", config={"half_life": 20.0}),
+    MethodUse(method="serve.read_me_belady", config={"lookahead": 0}),
+    MethodUse(method="serve.read_me_belady", config={"lookahead": 12}),
+]
+
+
+@pytest.mark.parametrize("slots", [2, 4])
+@pytest.mark.parametrize("use", USES)
+def test_engine_and_simulator_miss_alike_by_one_plan(
+    use: MethodUse, slots: int, recorded: Path, tmp_path: Path
+) -> None:
+    path = planned(recorded, slots, policy=use).save(tmp_path / "plan.json")
+    plan = ServingPlan.load(path)
+    opened = Native(recorded, plan.budget_bytes, context=plan.context, policy=plan.policy or "")
+    # Prompts token by token, one after another, are what the simulator plays; the queue is all that comes.
+    scheduler = Scheduler(opened.forward, Limits(running=1, chunk=1, mixed=1), share=False)
+    run(scheduler, *[Answer(ids.tolist(), 1) for ids in IDS])
+    counted = opened.counters()
+    opened.close()
+    meter = method("simulate.cache")
+    inputs = MeterInputs(name="t", trace=RoutingTrace.open(recorded.parent / "run.trace"))
+    report = meter.module.measure(inputs, meter.configure({"plan": str(path), "learn": 0.0}))
+    table = report.tables["policies"]
+    mine, bound = (dict(zip(table.columns, row, strict=True)) for row in table.rows)
+    assert mine["experts held"] == bound["experts held"] == slots
+    assert (counted["hits"], counted["misses"]) == (mine["hits"], mine["misses"])
+    assert bound["misses"] <= mine["misses"] > 6
+
+
+@pytest.mark.parametrize(
+    ("uses", "told"),
+    [
+        ({"policy": "serve.scmoe"}, "policy serve.scmoe is none of .*serve.lru"),
+        ({"policy": "serve.read_me_batching"}, "policy serve.read_me_batching is none of"),
+        ({"forecast": "serve.lru"}, "forecast serve.lru is none of .*serve.read_me_belady"),
+        ({"order": "serve.scmoe"}, "order serve.scmoe is none of serve.read_me_batching"),
+        ({"decoder": "train.moe"}, "decoder train.moe is none of serve.scmoe"),
+        ({"policy": MethodUse(method="serve.lfu", config={"half": 1})}, "half"),
+        (
+            {
+                "policy": MethodUse(method="serve.read_me_belady", config={"lookahead": 2}),
+                "forecast": "serve.read_me_belady",
+            },
+            "one object with one set of settings",
+        ),
+    ],
+)
+def test_methods_that_cannot_act_so_are_refused(uses: dict[str, Any], told: str) -> None:
+    plan = ServingPlan(method="test", budget_bytes=1, tiers={}, **{name: as_use(use) for name, use in uses.items()})
+    with pytest.raises(ConfigError, match=told):
+        check_plan(plan)
+
+
+def test_a_whole_plan_is_served(recorded: Path) -> None:
+    both = MethodUse(method="serve.read_me_belady", config={"lookahead": 3})
+    plan = planned(recorded, 3, policy=both, forecast=both, order="serve.read_me_batching", decoder="serve.scmoe")
+    check_plan(plan)
+    opened = Native(recorded, plan.budget_bytes, context=plan.context, policy=both, forecast=both)
+    forward: Any = opened.forward
+    assert forward.forecast.policy is forward.store.cache.policy
+    assert forward.foresight.passes == 3
+    scheduler = Scheduler(forward, Limits(running=4, chunk=16), batcher=batcher_of(plan))
+    asked = [IDS[at, :20].tolist() for at in range(2)]
+    texts = run(scheduler, *[Answer(ids, 4, decoder=decoder_of(plan)) for ids in asked])
+    assert opened.counters()["misses"] > 0
+    opened.close()
+    whole = Native(recorded, 1 << 30, context=plan.context)
+    for ids, text in zip(asked, texts, strict=True):
+        assert run(Scheduler(whole.forward), Answer(ids, 4, decoder=decoder_of(plan))) == [text]
+    whole.close()
+
+
+def test_a_plan_for_another_model_is_refused(recorded: Path) -> None:
+    with pytest.raises(ConfigError, match="made for another model"):
+        open_forward(str(recorded), 1 << 30, model_hash="0" * 64)
+
+
+def test_a_request_that_names_no_decoder_gets_the_plan_s() -> None:
+    from moestro.core.decoding import PLAIN
+    from moestro.engine.service import Engine
+    from tests.engine.stub import StubForward
+
+    opened = SimpleNamespace(forward=StubForward(), cache=dict, close=lambda: None, context=64)
+    plan = ServingPlan(method="test", budget_bytes=1, tiers={}, decoder=as_use("serve.scmoe"))
+    engine = Engine(opened, decoder=decoder_of(plan))  # type: ignore[arg-type]
+    assert engine.decoder.name == "serve.scmoe"
+    engine.close()
+    assert decoder_of(plan.model_copy(update={"decoder": None})) is PLAIN
+    assert np.array_equal(PLAIN.combine(np.ones((1, 3), np.float32)), np.ones(3, np.float32))
