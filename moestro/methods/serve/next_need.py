@@ -81,7 +81,7 @@ class NextNeed(CachePolicy):
         if runs is None:  # read ahead, its layer never ran: it is about to
             return 0.0
         weight, upto = self.needs[key]
-        share = weight * self.decay ** (runs.count - upto) / runs.weight
+        share: float = weight * self.decay ** (runs.count - upto) / runs.weight
         period = runs.period or self.time + 1  # so far one pass: the next begins where this one did
         return max(runs.last + period - self.time, 1) + period * (1 / max(share, 1e-6) - 1)
 

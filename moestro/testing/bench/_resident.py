@@ -102,14 +102,23 @@ def compare(what: Literal["decode", "prefill"], rounds: int, model: Path | None)
 
 def _transformers(folder: Path, common: dict[str, Any]) -> Child | str:
     """The arm in float32, or why there is none."""
-    import psutil
-
     source = reference.checkpoint(folder)
-    need = 3 * sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    free = psutil.virtual_memory().available
+    need = 4 * sum(
+        file.stat().st_size for file in source.glob("*.safetensors")
+    )  # twice the bytes, twice while it loads
+    free = _available()
     if free < need:
         return f"float32 needs about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
     return Child(TRANSFORMERS, {**common, "folder": str(source)})
+
+
+def _available() -> int:
+    """Bytes of memory that a new process could have."""
+    info = Path("/proc/meminfo")
+    for line in info.read_text(encoding="ascii").splitlines() if info.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _measure(what: str, bits: int, rounds: int, children: Mapping[str, Child], no_dense: str) -> list[Row]:

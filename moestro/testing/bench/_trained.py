@@ -15,7 +15,7 @@ from moestro.testing.bench._reference import EXPERTS, LAYERS, TOP_K, tell
 
 
 STEPS: Final = 300
-TOKENS: Final = 4096
+TOKENS: Final = 2048
 """Of the trace."""
 
 
@@ -46,7 +46,7 @@ def recipe(steps: int = STEPS) -> dict[str, Any]:
             "swaps": [{"sites": "mlp", "method": "train.moe", "config": mixture}],
         },
         "data": {"source": "builtin:stdlib-docs", "tokenizer": "bpe:4096", "sequence_length": 128},
-        "losses": {"balance": 0.05, "z": 0.001},
+        "losses": {"balance": 0.01, "z": 0.001},
         "optimizer": {"lr": 0.002, "weight_decay": 0.1, "clip": 1.0},
         "schedule": {"kind": "wsd", "warmup": 0.05, "decay": 0.2},
         "steps": steps,
