@@ -196,8 +196,8 @@ STUDY = Study(
         "SmolLM2-135M-Instruct's cut, of width 64. The first two thirds of a request are its prompt. The cache sees 16 "
         "interleaved requests token by token. Batches have 32 rows, as many requests run at once; a batch takes "
         "0.3 ms, 0.1 ms for each expert that it reads and 0.01 ms for each token, and requests come at 0.85 of what "
-        "batches in order of arrival could run. A prompt's tokens run in order. The paper measures Read-ME's own Llama-2 "
-        "mixture on an A100 and batches of 57 tokens."
+        "batches in order of arrival could run. A prompt's tokens run in order. The paper measures Read-ME's own "
+        "Llama-2 mixture on an A100 and batches of 57 tokens."
     ),
     claims=(
         Claim(

@@ -183,3 +183,36 @@ def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> No
 def test_pending_without_experts_runs_in_order() -> None:
     waiting = [Pending(5, False), Pending(1, True), Pending(9, False), Pending(1, True)]
     assert batcher().take(waiting, 6) == [4, 1, 0, 1]
+
+
+class Spy:
+    """A batcher that runs one sequence after another, and keeps what it was shown."""
+
+    name, needs_experts = "serve.spy", False
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[list[Pending], list[int]]] = []
+
+    def take(self, pending: list[Pending], rows: int) -> list[int]:
+        turn = len(self.shown) % len(pending)
+        taken = [min(item.count, rows) if at == turn else 0 for at, item in enumerate(pending)]
+        self.shown.append((pending, taken))
+        return taken
+
+
+def test_a_batcher_is_shown_who_waits_and_for_how_long() -> None:
+    spy, now = Spy(), [0.0]
+    scheduler = Scheduler(StubForward(), Limits(chunk=10), batcher=spy, clock=lambda: now[0])
+    asked = [Answer(list(range(25)), 3), Answer([7] * 4, 3)]
+    scheduler.submit(*(answer.request for answer in asked))
+    while scheduler.step():
+        now[0] += 1.0
+    check_empty(scheduler)
+    counts = [[item.count for item in pending] for pending, _ in spy.shown]
+    assert counts == [[25, 4], [15, 4], [15, 1], [5, 1], [5, 1], [1, 1], [1], [1]]
+    waited = [[item.waited for item in pending] for pending, _ in spy.shown]
+    assert waited == [[0, 0], [1, 1], [2, 1], [1, 2], [2, 1], [1, 2], [2], [1]]
+    assert [[item.writing for item in pending] for pending, _ in spy.shown][:3] == [[False, False]] * 2 + [[False, True]]
+    assert all(item.experts is None for pending, _ in spy.shown for item in pending)
+    alone = [run(Scheduler(StubForward(), share=False), Answer(a.request.prompt, 3))[0] for a in asked]
+    assert [answer.tokens for answer in asked] == alone
