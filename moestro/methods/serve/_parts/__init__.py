@@ -1,1 +1,1 @@
-"""What several serving methods share."""
+"""What two or more serving methods share."""

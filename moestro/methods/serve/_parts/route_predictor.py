@@ -55,7 +55,7 @@ class Header(Config):
     """What ``predictor.json`` says.
 
     Attributes:
-        layers: in the order of the logits. vocabulary: V. dim: D. heads: of the attention. inner: width of the MLP.
+        layers: in the order of the logits. vocabulary: V, the last id being that of unknown tokens. dim: D. heads: of the attention. inner: width of the MLP.
             depth: blocks. window: W.
         trace: SHA-256 of what it was taught with. model, model_hash, tokenizer_hash: as that trace tells.
         weights: SHA-256 of the file of weights. settings: of the training. scores: on what was held back.
@@ -240,16 +240,10 @@ class RoutePredictor:
 
         Args:
             tokens, positions, sequences: int [R]; rows of a sequence in order of position. A position that comes
-                again, as when a step is repeated, counts as new.
-
-        Raises:
-            ConfigError: a token outside the vocabulary.
+                again, as when a step is repeated, takes the place of what was there and of all behind it. The last id
+                of the vocabulary stands for all beyond.
         """
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.header.vocabulary:
-            raise ConfigError(
-                f"tokens {int(tokens.min())} to {int(tokens.max())}; the predictor knows {self.header.vocabulary}: it "
-                "was taught with another tokenizer"
-            )
+        tokens = np.minimum(tokens, self.header.vocabulary - 1)
         logits = np.empty((len(tokens), self.header.choices), np.float32)
         ids, inverse, count = np.unique(sequences, return_inverse=True, return_counts=True)
         order, first = np.argsort(inverse, kind="stable"), np.cumsum(count) - count

@@ -6,13 +6,24 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from moestro.core.errors import ConfigError, TraceError
-from moestro.methods.serve._parts.route_predictor import BASE, EPSILON, Floats, Header, LayerShape
+from moestro.core.forecast import Recorded
+from moestro.core.inputs import MeterInputs
+from moestro.methods.serve._parts.route_predictor import (
+    BASE,
+    EPSILON,
+    Floats,
+    Header,
+    LayerShape,
+    RoutePredictor,
+    save,
+)
 
 
 if TYPE_CHECKING:
@@ -227,3 +238,67 @@ def logits_of(weights: Mapping[str, "Tensor"], header: Header, ids_BS: "Tensor")
         x = x + mixed.transpose(1, 2).reshape(x.shape) @ weights[at + "out"].T
         x = x + F.silu(norm(x, at + "norm2") @ weights[at + "up"].T) @ weights[at + "down"].T
     return norm(x, "norm") @ weights["head"].T + weights["bias"]
+
+
+def paths_of_past(past: Recorded) -> Paths:
+    """The paths of a recorded past."""
+    order = np.lexsort((past.positions, past.sequences))
+    layers, hot = [], []
+    for layer, count in enumerate(past.experts):
+        if not count:
+            continue
+        ids = past.routes[layer][order]
+        used = np.zeros((len(order), count + 1), dtype=bool)
+        np.put_along_axis(used, np.where(ids < 0, count, ids).astype(np.int64), True, axis=1)
+        layers.append(LayerShape(layer=layer, experts=count, top_k=max(1, int(used[:, :-1].sum(1).max()))))
+        hot.append(used[:, :-1])
+    start = np.flatnonzero(np.diff(past.sequences[order], prepend=-1))
+    bounds = np.append(start, len(order))
+    tags = tuple("" for _ in start)
+    return Paths(tuple(layers), past.tokens[order].astype(np.int64), np.concatenate(hot, axis=1), bounds, tags)
+
+
+def taught(paths: Paths, config: Any, *, seed: int = 0, **header: Any) -> RoutePredictor:
+    """A predictor for paths. config: `serve.expertflow`'s; header: more fields of ``Header``."""
+    rows = -(-len(paths.tokens) // (config.batch * ROW))
+    steps = min(config.steps, config.epochs * rows)
+    made = Header(
+        layers=paths.layers,
+        vocabulary=int(paths.tokens.max()) + 2,
+        **{name: getattr(config, name) for name in ("dim", "heads", "inner", "depth", "window")},
+        settings={"steps": steps, "seed": seed, **{n: getattr(config, n) for n in ("batch", "lr", "head_lr")}},
+        **{"trace": "", **header},
+    )
+    weights = fit(made, paths, steps=steps, batch=config.batch, lr=config.lr, head_lr=config.head_lr, seed=seed)
+    return RoutePredictor(made, weights)
+
+
+def learned(subject: MeterInputs, config: Any, out: Path) -> dict[str, float]:
+    """See `serve.expertflow.learn`."""
+    from moestro.methods.serve._parts import route_rivals as rivals
+
+    paths = paths_of(subject.trace)
+    rest, held = split_heldout(paths, config.held, subject.seed)
+    told = subject.trace.header
+    made = taught(
+        rest,
+        config,
+        seed=subject.seed,
+        trace=trace_hash(subject.trace),
+        model=told.model,
+        model_hash=told.model_hash,
+        tokenizer_hash=told.tokenizer_hash,
+    )
+    found = {
+        "predictor": rivals.by_predictor(made, held),
+        "token_table": rivals.by_token(rest, held, int(paths.tokens.max()) + 1),
+        "previous_token": rivals.by_previous(rest, held),
+        "frequency": rivals.by_frequency(rest, held),
+    }
+    scores = {}
+    for name, ranked in found.items():
+        chosen = rivals.top(ranked, paths.layers, config.factor)
+        scores[f"{name}_recall"] = rivals.recall(chosen, held.used)
+        scores[f"{name}_precision"] = rivals.precision(chosen, held.used)
+    save(out, made.header.model_copy(update={"scores": scores}), made.weights)
+    return scores
