@@ -69,8 +69,8 @@ class Config(BaseConfig):
     epochs: int = Field(default=12, ge=1)
     steps: int = Field(default=2000, ge=1)
     batch: int = Field(default=8, ge=1)
-    lr: float = Field(default=2e-3, gt=0)
-    head_lr: float = Field(default=2e-3, gt=0)
+    lr: float = Field(default=5e-3, gt=0)
+    head_lr: float = Field(default=5e-3, gt=0)
     held: float = Field(default=0.1, gt=0, lt=1)
 
     @model_validator(mode="after")

@@ -106,6 +106,14 @@ def check_heads(dim: int, heads: int) -> None:
         raise ConfigError(f"dim={dim} over heads={heads}; give a multiple of {2 * heads}")
 
 
+def check_free(folder: str | Path) -> Path:
+    """Raise SaveError where something stands, but for an empty folder."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SaveError(f"{folder}: exists; remove it or give another name")
+    return folder
+
+
 def save(folder: str | Path, header: Header, weights: Mapping[str, Floats]) -> Path:
     """Write a predictor; the header comes last, so that a folder with one is complete.
 
@@ -115,9 +123,7 @@ def save(folder: str | Path, header: Header, weights: Mapping[str, Floats]) -> P
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SaveError(f"{folder}: exists; remove it or give another name")
+    folder = check_free(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,6 +22,7 @@ from moestro.methods.serve._parts.route_predictor import (
     Header,
     LayerShape,
     RoutePredictor,
+    check_free,
     save,
 )
 
@@ -277,6 +278,7 @@ def learned(subject: MeterInputs, config: Any, out: Path) -> dict[str, float]:
     """See `serve.expertflow.learn`."""
     from moestro.methods.serve._parts import route_rivals as rivals
 
+    check_free(out)
     paths = paths_of(subject.trace)
     rest, held = split_heldout(paths, config.held, subject.seed)
     told = subject.trace.header
