@@ -40,7 +40,7 @@ from moestro.core.expert_cache import CachePolicy, Key
 from moestro.core.forecast import Floats, Forecast, Ints, Peek, Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.methods.serve._parts import route_predictor, token_split
-from moestro.methods.serve._parts.route_predictor import Header, LayerShape, RoutePredictor, check_heads
+from moestro.methods.serve._parts.route_predictor import Header, LayerShape, check_heads
 
 
 NOT_TAUGHT = "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"

@@ -10,7 +10,16 @@ LAYERS = (LayerShape(layer=1, experts=8, top_k=2), LayerShape(layer=3, experts=6
 
 
 def header(**changes: object) -> Header:
-    values = {"layers": LAYERS, "vocabulary": 30, "dim": 16, "heads": 2, "inner": 24, "depth": 2, "window": 6, "trace": "t"}
+    values = {
+        "layers": LAYERS,
+        "vocabulary": 30,
+        "dim": 16,
+        "heads": 2,
+        "inner": 24,
+        "depth": 2,
+        "window": 6,
+        "trace": "t",
+    }
     return Header(**{**values, **changes})  # type: ignore[arg-type]
 
 

@@ -222,7 +222,7 @@ def test_the_order_reads_what_it_has_not_seen_of_a_text_and_leaves_the_forecast_
     whole = random_predictor().step(np.array(text), np.arange(20), np.zeros(20, int))
     tail = random_predictor().step(np.array(text[-6:]), np.arange(14, 20), np.zeros(6, int))
     wanted = np.zeros(14, dtype=bool)
-    for shape, found, at in zip(LAYERS, MODULE.pattern(tail[-1:], LAYERS, 1.0), (0, 8), strict=True):
+    for found, at in zip(MODULE.pattern(tail[-1:], LAYERS, 1.0), (0, 8), strict=True):
         wanted[at + found] = True
     np.testing.assert_array_equal(path, wanted)
     other.begin(np.array(text[:-1]), np.arange(19), np.full(19, 7))

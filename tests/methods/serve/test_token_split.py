@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moestro.core.errors import ConfigError
-from moestro.methods.serve._parts import token_split
 from moestro.methods.serve._parts.token_split import split, touched
 
 
@@ -63,12 +62,11 @@ def test_kinds_that_share_nothing_come_apart(count: int) -> None:
     assert not (first[:20].any() and first[20:].any())
 
 
-def test_many_are_split_nearly_as_well_as_few_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_are_split_nearly_as_well_as_few_exactly() -> None:
     cases = [random_paths(seed, 12, pairs=48) for seed in range(30)]
     exact = sum(touched(paths, split(paths)) for paths in cases)
     plain = sum(touched(paths, np.arange(12)) for paths in cases)
-    monkeypatch.setattr(token_split, "EXACT", 0)
-    loop = sum(touched(paths, split(paths)) for paths in cases)
+    loop = sum(touched(paths, split(paths, exact=0)) for paths in cases)
     assert exact < loop < plain
     assert plain - loop > 0.4 * (plain - exact)
 

@@ -55,8 +55,8 @@ class Header(Config):
     """What ``predictor.json`` says.
 
     Attributes:
-        layers: in the order of the logits. vocabulary: V, the last id being that of unknown tokens. dim: D. heads: of the attention. inner: width of the MLP.
-            depth: blocks. window: W.
+        layers: in the order of the logits. vocabulary: V, the last id being that of unknown tokens. dim: D.
+        heads: of the attention. inner: width of the MLP. depth: blocks. window: W.
         trace: SHA-256 of what it was taught with. model, model_hash, tokenizer_hash: as that trace tells.
         weights: SHA-256 of the file of weights. settings: of the training. scores: on what was held back.
     """
@@ -169,7 +169,9 @@ def load(folder: str | Path) -> "RoutePredictor":
     wanted, have = header.shapes(), {name: array.shape for name, array in weights.items()}
     odd = next((name for name in sorted({*wanted, *have}) if wanted.get(name) != have.get(name)), None)
     if odd is not None or any(array.dtype != np.float32 for array in weights.values()):
-        raise LoadError(f"{folder / WEIGHTS}: {odd or 'a tensor'} is {have.get(odd or '')}, not {wanted.get(odd or '')}")
+        raise LoadError(
+            f"{folder / WEIGHTS}: {odd or 'a tensor'} is {have.get(odd or '')}, not {wanted.get(odd or '')}"
+        )
     return RoutePredictor(header, weights)
 
 

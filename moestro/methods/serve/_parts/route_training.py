@@ -1,6 +1,6 @@
 """Teaching the predictor of `route_predictor` from a recorded trace; what it predicts with is the same in numpy.
 
-    loss = mean over (token, layer) rows that have an expert of  sum over E of BCE(sigmoid(logit), used)
+loss = mean over (token, layer) rows that have an expert of  sum over E of BCE(sigmoid(logit), used)
 """
 
 import hashlib
@@ -123,7 +123,9 @@ def split_heldout(paths: Paths, share: float, seed: int) -> tuple[Paths, Paths]:
     return paths.take(np.sort(order[held:])), paths.take(np.sort(order[:held]))
 
 
-def fit(header: Header, paths: Paths, *, steps: int, batch: int, lr: float, head_lr: float, seed: int) -> dict[str, Floats]:
+def fit(
+    header: Header, paths: Paths, *, steps: int, batch: int, lr: float, head_lr: float, seed: int
+) -> dict[str, Floats]:
     """Weights for a header, taught on paths; the same for a seed, and the global generator is left alone.
 
     Args:

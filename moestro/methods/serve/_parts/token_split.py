@@ -29,14 +29,14 @@ def touched(paths: Bools, order: Ints) -> int:
     return int(paths[order[:half]].any(0).sum() + paths[order[half:]].any(0).sum())
 
 
-def split(paths: Bools, iterations: int = 10, seed: int = 0) -> Ints:
+def split(paths: Bools, iterations: int = 10, seed: int = 0, exact: int = EXACT) -> Ints:
     """A permutation int64 [2 T] whose first T are one group; the identity unless something touches fewer pairs.
 
     Inside a group, and between the groups, the order stays as it was: the first group holds sequence 0.
 
     Args:
         paths: bool [2 T, P], the (layer, expert) pairs of each sequence. iterations: of the loop, from each start.
-        seed: of the starts.
+        seed: of the starts. exact: sequences up to which all splits are tried.
 
     Raises:
         ConfigError: an odd number of sequences, or none.
@@ -45,10 +45,12 @@ def split(paths: Bools, iterations: int = 10, seed: int = 0) -> Ints:
     if paths.ndim != 2 or count < 2 or count % 2:
         raise ConfigError(f"paths of shape {paths.shape}: two groups of equal size need an even number of sequences")
     identity = np.arange(count)
-    if count <= EXACT:
+    if count <= exact:
         found = _all(paths)
     else:
-        found = min((_settled(paths, pair, iterations) for pair in _starts(paths, seed)), key=lambda o: touched(paths, o))
+        found = min(
+            (_settled(paths, pair, iterations) for pair in _starts(paths, seed)), key=lambda o: touched(paths, o)
+        )
     return found if touched(paths, found) < touched(paths, identity) else identity
 
 
