@@ -86,7 +86,8 @@ def _similarity(paths: Bools) -> npt.NDArray[np.float32]:
     ones = paths.astype(np.float32)
     size = ones.sum(1)
     differ = size[:, None] + size[None] - 2 * ones @ ones.T
-    return 1 - differ / np.float32(max(1, paths.shape[1]))
+    found: npt.NDArray[np.float32] = 1 - differ / np.float32(max(1, paths.shape[1]))
+    return found
 
 
 def _starts(paths: Bools, seed: int) -> list[tuple[int, int]]:
