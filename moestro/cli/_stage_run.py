@@ -66,7 +66,9 @@ def run_method(request: Request) -> None:
         raise SaveError(f"{request.out} exists; give another name, or --overwrite")
     if request.plan_file is not None and request.plan_file.exists():
         raise SaveError(f"{request.plan_file} exists; give --plan another name")
-    if not hasattr(used.module, "plan"):
+    if hasattr(used.module, "learn"):
+        _write_learned(request)
+    elif not hasattr(used.module, "plan"):
         _write_report(request)
     elif used.id.partition(".")[0] in CHANGES_MODELS:
         if _reads_matrices_only(request):
@@ -171,6 +173,23 @@ def _can_be_opened(folder: Any) -> bool:
 def _write_plan(request: Request) -> None:
     plan = _plan(request, *_load_all(request), _batches(request))
     plan.save(request.out)
+    print(f"saved {request.out}")
+
+
+def _write_learned(request: Request) -> None:
+    from moestro.core.inputs import MeterInputs
+    from moestro.core.registry import method
+    from moestro.models.atomic import atomic_folder
+
+    used = method(request.method_id)
+    subject = MeterInputs(name=str(request.inputs.get("trace", "")), trace=_trace(request), seed=request.seed)
+    with atomic_folder(request.out, overwrite=request.overwrite) as draft:
+        scores = used.entry("learn")(subject, used.configure(request.values), draft)
+    if request.as_json:
+        print(json.dumps(scores, indent=1))
+        return
+    for key, number in scores.items():
+        print(f"{key}: {number:.6g}")
     print(f"saved {request.out}")
 
 

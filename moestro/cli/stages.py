@@ -72,7 +72,7 @@ class StageGroup(TyperGroup):
             ctx.fail(f"no method of the stage {self.name!r} is there yet")
         args[:1] = [args[0].replace("-", "_")] if not args[0].startswith("-") else args[:1]
         name, _, rest = super().resolve_command(ctx, args)
-        return name, command_of(f"{self.name}.{name}"), rest
+        return name, command_of(self._infos()[name].id), rest
 
     def _infos(self) -> dict[str, Any]:
         from moestro.core.registry import infos
@@ -93,6 +93,7 @@ def command_of(method_id: str) -> Any:
     needs = [need for need in subject.card.needs if need != "none"]
     model_comes_out = subject.id.partition(".")[0] in ("convert", "adapt", "compress")
     out = "Folder of the new model." if model_comes_out else "File to write (JSON)."
+    out = "Folder to write." if hasattr(subject.module, "learn") else out
 
     def run(**given: Any) -> None:
         from moestro.cli._stage_run import Request, run_method

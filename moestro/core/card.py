@@ -22,6 +22,7 @@ ENTRIES: Final[dict[str, str]] = {
     "plan": "planner",
     "policy": "policy",
     "forecast": "forecast",
+    "learn": "learner",
     "measure": "meter",
     "objective": "objective",
 }
