@@ -99,6 +99,7 @@ class NativeForward:
         self.threads = threads or len(os.sched_getaffinity(0))
         self.steps = self.kernels.build(description, pages=pages, threads=self.threads, slabs=slabs)
         self.description = description
+        self._decided = [[i for i in description.routed_at(layer) if i > layer] for layer in range(len(self.experts))]
         self.vocab, self.pages, self.layers = description.vocab, pages, len(description.layers)
         self.page_bytes = self.steps.page_bytes
         self.store = store
@@ -148,9 +149,7 @@ class NativeForward:
             self.steps.experts(layer, needed, self.slabs[layer][needed])
             return
         if self.forecast is not None:
-            shown = ids.view()
-            shown.flags.writeable = False
-            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
+            self.store.ahead(self._wishes(self.forecast, layer, ids))
         for lease in self.store.waves(layer, needed):
             try:
                 for index in lease.ready():
@@ -160,6 +159,13 @@ class NativeForward:
                     )
             finally:
                 lease.release()
+
+    def _wishes(self, forecast: Forecast, layer: int, ids: Ints) -> list[Wish]:
+        """What is wished for when the routing of a layer, and what its input decides for later ones, is known."""
+        wishes = []
+        for later in self._decided[layer]:
+            wishes += forecast.settled(later, _frozen(self.steps.chosen(later)[0]))
+        return wishes + forecast.routed(layer, _frozen(ids), lambda later: self._peek(layer, later))
 
     def _peek(self, layer: int, later: int) -> Floats:
         """See ``moestro.core.forecast.Peek``."""
@@ -190,6 +196,13 @@ class NativeForward:
     def copy_page(self, src: int, dst: int) -> None:
         """Keys and values of one page, all layers."""
         self.steps.copy_page(src, dst)
+
+
+def _frozen(ids: Ints) -> Ints:
+    """A view that cannot be written to."""
+    shown = ids.view()
+    shown.flags.writeable = False
+    return shown
 
 
 def _ints(values: npt.ArrayLike) -> Ints:

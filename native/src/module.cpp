@@ -139,7 +139,7 @@ NB_MODULE(_native, m) {
       RW(LayerSpec, v_bias) RW(LayerSpec, o_bias) RW(LayerSpec, q_norm) RW(LayerSpec, k_norm) RW(LayerSpec, qk_norm)
       RW(LayerSpec, window) RW(LayerSpec, rope) RW(LayerSpec, attention_scale) RW(LayerSpec, attention_softcap)
       RW(LayerSpec, router) RW(LayerSpec, router_bias) RW(LayerSpec, select_bias) RW(LayerSpec, router_kind)
-      RW(LayerSpec, top_k) RW(LayerSpec, groups) RW(LayerSpec, top_groups) RW(LayerSpec, renormalise)
+      RW(LayerSpec, top_k) RW(LayerSpec, groups) RW(LayerSpec, top_groups) RW(LayerSpec, ahead) RW(LayerSpec, renormalise)
       RW(LayerSpec, route_scale) RW(LayerSpec, experts) RW(LayerSpec, expert) RW(LayerSpec, shared)
       RW(LayerSpec, shared_gate) RW(LayerSpec, slabs);
   nb::class_<ModelSpec>(m, "ModelSpec").def(nb::init<>())
