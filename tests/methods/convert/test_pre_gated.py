@@ -189,7 +189,7 @@ def test_it_cannot_be_opened_with_conventional_gates(parent: Any, tmp_path: Path
     names = [name for name in again.state_dict() if "router" in name]
     assert names
     assert all(name.endswith("router.gate.weight") for name in names)
-    with pytest.raises(MoestroError, match="PreGated|pre_gated"):
+    with pytest.raises(MoestroError, match=r"PreGated|pre_gated"):
         moestro.export(parent, tmp_path / "stock")
 
 

@@ -238,7 +238,7 @@ def test_bfloat16_scores_in_float32_and_one_token_runs(tmp_path: Path) -> None:
 
 
 def test_a_distance_that_leaves_nothing_ahead_is_refused() -> None:
-    with pytest.raises(ContextError, match="distance=4 in a stack of 4 mixtures.*at most 3"):
+    with pytest.raises(ContextError, match=r"distance=4 in a stack of 4 mixtures.*at most 3"):
         Stack(distance=4)(inputs_embeds=hidden())
 
 
