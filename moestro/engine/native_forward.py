@@ -148,10 +148,12 @@ class NativeForward:
         if self.store is None:
             self.steps.experts(layer, needed, self.slabs[layer][needed])
             return
-        if self.forecast is not None:
-            self.store.ahead(self._wishes(self.forecast, layer, ids))
+        foreseen = False
         for lease in self.store.waves(layer, needed):
             try:
+                if not foreseen:  # not before what is needed now is held, and begins to be read
+                    self._foresee(layer, ids)
+                    foreseen = True
                 for index in lease.ready():
                     part = index[np.argsort(lease.ids[index])]
                     self.steps.experts(
@@ -160,12 +162,15 @@ class NativeForward:
             finally:
                 lease.release()
 
-    def _wishes(self, forecast: Forecast, layer: int, ids: Ints) -> list[Wish]:
-        """What is wished for when the routing of a layer, and what its input decides for later ones, is known."""
-        wishes = []
+    def _foresee(self, layer: int, ids: Ints) -> None:
+        """Ask for what later layers will need: what is decided for them already, and what is probable."""
+        if self.forecast is None or self.store is None:
+            return
+        wishes: list[Wish] = []
         for later in self._decided[layer]:
-            wishes += forecast.settled(later, _frozen(self.steps.chosen(later)[0]))
-        return wishes + forecast.routed(layer, _frozen(ids), lambda later: self._peek(layer, later))
+            wishes += self.forecast.settled(later, _frozen(self.steps.chosen(later)[0]))
+        wishes += self.forecast.routed(layer, _frozen(ids), lambda later: self._peek(layer, later))
+        self.store.ahead(wishes)
 
     def _peek(self, layer: int, later: int) -> Floats:
         """See ``moestro.core.forecast.Peek``."""

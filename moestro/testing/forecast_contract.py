@@ -77,7 +77,7 @@ def fresh(method: Method, experts: Sequence[int] = EXPERTS) -> Any:
 
 
 def play(forecast: Any, steps: Sequence[Batch]) -> list[tuple[int, list[Wish]]]:
-    """(layer, -1 for the beginning; wishes) of every call."""
+    """(layer, -1 for the beginning; wishes) of every call, in a model whose every input settles the next routing."""
     told = []
     for batch in steps:
         tokens, positions, sequences = np.asarray(batch, dtype=np.int32).T
@@ -92,6 +92,9 @@ def play(forecast: Any, steps: Sequence[Batch]) -> list[tuple[int, list[Wish]]]:
                 assert EXPERTS[later], f"peeks at layer {later}, which has no experts"
                 return scores(batch, layer, later)
 
+            later = next((other for other in range(layer + 1, len(EXPERTS)) if EXPERTS[other]), None)
+            if later is not None:
+                told.append((layer, list(forecast.settled(later, routes(batch, later)))))
             told.append((layer, list(forecast.routed(layer, routes(batch, layer), peek))))
     return told
 
@@ -130,7 +133,7 @@ def outputs_are_the_model(method: Method) -> None:
     """See the contract."""
     lru = method_by_id("serve.lru")
     with tempfile.TemporaryDirectory() as folder:
-        tiny_folder("qwen3_moe", Path(folder) / "model", head_dim=16)
+        tiny_folder("mixtral", Path(folder) / "model", head_dim=16, num_hidden_layers=3)
         pack_model(Path(folder) / "model", Path(folder) / "packed", bits=8)
         packed = Packed.open(Path(folder) / "packed")
         description = describe(packed, packed.resident())
