@@ -61,6 +61,12 @@ class Forecast(Protocol):
         """
         raise NotImplementedError
 
+    def settled(self, layer: int, ids: Ints) -> list[Wish]:
+        """The experts int32 [R, k] of a later layer are decided already, as pre-gated models do; before ``routed`` of
+        the layer whose input decided. They are those that will run, unless a request overrides its routing.
+        """
+        return []
+
     def forget(self, sequence: int) -> None:
         """A sequence is over; its id may come again for another."""
         return

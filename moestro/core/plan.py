@@ -128,6 +128,7 @@ class LayerExperts(Config):
             its sources' rows, weighted like them. ``new``: drawn anew. ``zero``: zeros, so that all choices tie.
             ``remap``: the router stays as it is, and a choice of an old expert becomes one of the new expert that it
             is a source of; two choices that meet are added and run once.
+        router_scale: with ``rows``, a factor for each of the router's inputs, on its ``weight`` [C, D]; None for 1.
         module: the method that stands at the site afterwards; None keeps what stands there, with as many experts as
             the plan lists.
         shared: sources of the shared expert that every token uses; None keeps the one that is there.
@@ -136,6 +137,7 @@ class LayerExperts(Config):
     layer: int = Field(ge=0)
     experts: list[list[ExpertSource]]
     router: Literal["rows", "mean", "new", "zero", "remap"] = "rows"
+    router_scale: list[float] | None = None
     module: MethodUse | None = None
     shared: list[ExpertSource] | None = None
 
@@ -143,6 +145,8 @@ class LayerExperts(Config):
     def _some(self) -> Self:
         if not self.experts or any(not sources for sources in self.experts) or self.shared == []:
             raise ConfigError(f"layer {self.layer}: every planned layer needs experts and every expert a source")
+        if self.router_scale is not None and self.router != "rows":
+            raise ConfigError(f"layer {self.layer}: router_scale is for router=rows, not router={self.router}")
         return self
 
 

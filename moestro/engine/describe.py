@@ -135,6 +135,7 @@ class _Reader:
             scale=found.scale,
             groups=found.groups,
             top_groups=found.top_groups,
+            ahead=found.ahead,
         )
 
     def expert(self, index: int, spec: LayerSpec) -> Ffn | None:

@@ -35,6 +35,7 @@ class RouterSpec(_Strict):
             model's pre-gate names one expert for all such layers; it weighs 1).
         bias: logits have one. renormalise: the k weights are divided by their sum. scale: multiplies the weights.
         groups, top_groups: only experts of the best groups, by the sum of their two best, may be chosen.
+        ahead: the router reads what a router of the layer so many before would read; that layer has experts too.
     """
 
     kind: Literal["softmax_topk", "topk_softmax", "sigmoid_bias", "decoupled"]
@@ -44,6 +45,7 @@ class RouterSpec(_Strict):
     scale: float = 1.0
     groups: int = Field(default=1, ge=1, le=MOST)
     top_groups: int = Field(default=1, ge=1, le=MOST)
+    ahead: int = Field(default=0, ge=0, le=MOST)
 
 
 class PreGateSpec(_Strict):
@@ -188,6 +190,9 @@ class ModelSpec(_Strict):
         for index, layer in enumerate(self.layers):
             if layer.attention is None or (layer.router is None) != (layer.experts == 0) or layer.bias:
                 raise ConfigError(f"layer {index}: a native layer has attention, experts without bias and their router")
+            ahead = 0 if layer.router is None else layer.router.ahead
+            if ahead and (ahead > index or not self.layers[index - ahead].experts):
+                raise ConfigError(f"layer {index}: ahead={ahead}, but layer {index - ahead} is no mixture")
             if not layer.experts and not layer.shared:
                 raise ConfigError(f"layer {index} has no feed-forward")
             if self.rotary and layer.attention.rope >= self.ropes:

@@ -103,6 +103,7 @@ class NativeForward:
         self.threads = threads or len(os.sched_getaffinity(0))
         self.steps = self.kernels.build(description, pages=pages, threads=self.threads, slabs=slabs)
         self.description = description
+        self._decided = [[i for i in description.routed_at(layer) if i > layer] for layer in range(len(self.experts))]
         self.vocab, self.pages, self.layers = description.vocab, pages, len(description.layers)
         self.gate = None if description.gate is None else PreGate(description.gate, self.kernels, pages)
         self.page_bytes = self.steps.page_bytes + (0 if self.gate is None else self.gate.page_bytes)
@@ -178,11 +179,14 @@ class NativeForward:
                 lease.release()
 
     def _foresee(self, layer: int, ids: Ints) -> None:
-        """Ask for what later layers will probably need."""
-        if self.forecast is not None and self.store is not None:
-            shown = ids.view()
-            shown.flags.writeable = False
-            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
+        """Ask for what later layers will need: what is decided for them already, and what is probable."""
+        if self.forecast is None or self.store is None:
+            return
+        wishes: list[Wish] = []
+        for later in self._decided[layer]:
+            wishes += self.forecast.settled(later, _frozen(self.steps.chosen(later)[0]))
+        wishes += self.forecast.routed(layer, _frozen(ids), lambda later: self._peek(layer, later))
+        self.store.ahead(wishes)
 
     def _decoupled(self, layer: int) -> bool:
         return self.gate is not None and layer in self.gate.gate.layers
@@ -219,6 +223,13 @@ class NativeForward:
         self.steps.copy_page(src, dst)
         if self.gate is not None:
             self.gate.copy_page(src, dst)
+
+
+def _frozen(ids: Ints) -> Ints:
+    """A view that cannot be written to."""
+    shown = ids.view()
+    shown.flags.writeable = False
+    return shown
 
 
 def _ints(values: npt.ArrayLike) -> Ints:

@@ -6,7 +6,7 @@ any other keeps its parameters as they are beside its slabs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from moestro.core.errors import LoadError
 from moestro.engine.dialect import VECTOR, AttentionSpec, LayerSpec, ModelSpec, PreGateSpec, RouterSpec, Shape
@@ -131,6 +131,7 @@ class _Native:
         self.banks: dict[int, BankReader] = {}
         self.used: set[str] = set()
         self.pregate: PreGateSpec | None = None
+        self.hand_on: list[int] = []  # layers so far whose input later routers may read
 
     def contents(self) -> Contents:
         """The whole model; every tensor of the checkpoint is in it."""
@@ -324,25 +325,30 @@ class _Native:
 
     def router(self, name: str, path: str, layer: "MoELayer") -> RouterSpec:
         """The dialect of a router, and its tensors."""
-        made = getattr(layer.router, "made_by", None)
-        method = "" if made is None else made.method
+        router, where = layer.router, f"{path}.router"
+        method = _method_of(router)
         if method == PREGATED:
-            return self.decoupled(layer.router)
+            return self.decoupled(router)
+        common: dict[str, Any] = {}
+        if method == "train.pre_gated":
+            common["ahead"] = self.ahead(name, router)
+            router, where = cast("Any", router).gate, f"{where}.gate"
+            method = _method_of(router)
         if method not in ("train.softmax_topk", "train.sigmoid_bias"):
-            raise NotNative(f"the router of {path} is a {type(layer.router).__name__}")
-        config: Any = layer.router.config
-        self.take(f"{name}.router", f"{path}.router.weight", layout="f32")
-        common = {"top_k": config.top_k, "scale": float(config.scale)}
+            raise NotNative(f"the router of {path} is a {type(router).__name__}")
+        config: Any = cast("Any", router).config
+        self.take(f"{name}.router", f"{where}.weight", layout="f32")
+        common |= {"top_k": config.top_k, "scale": float(config.scale)}
         if config.renorm_eps > 1e-20:
             raise NotNative(f"the router of {path} adds {config.renorm_eps} before it divides")
         if method == "train.sigmoid_bias":
-            self.take(f"{name}.select_bias", f"{path}.router.selection_bias")
+            self.take(f"{name}.select_bias", f"{where}.selection_bias")
             groups = {"groups": config.num_groups, "top_groups": config.groups_kept}
             return RouterSpec(kind="sigmoid_bias", renormalise=config.renormalise, **groups, **common)
         if config.num_groups > 1:
             raise NotNative(f"the router of {path} ranks groups of a softmax by their best member")
         if config.bias:
-            self.take(f"{name}.router_bias", f"{path}.router.bias")
+            self.take(f"{name}.router_bias", f"{where}.bias")
         chosen = config.softmax == "chosen"
         kind = "topk_softmax" if chosen else "softmax_topk"
         return RouterSpec(kind=kind, bias=config.bias, renormalise=config.renormalise and not chosen, **common)
@@ -357,6 +363,21 @@ class _Native:
             for name, shape in self.pregate.tensors().items():
                 self.take(f"pregate.{name}", f"{path}.{name}.weight", layout=None if len(shape) == 1 else "f32")
         return RouterSpec(kind="decoupled", top_k=1)
+
+    def ahead(self, name: str, router: Any) -> int:
+        """How many layers before its own the input of a pre-gated router is; the walk goes up through the layers."""
+        layer, distance = int(name.rpartition(".")[2]), int(router.distance)
+        if not distance:
+            return 0
+        self.hand_on.append(layer)
+        if router.own_gate or len(self.hand_on) <= distance:
+            return 0
+        return layer - self.hand_on[-1 - distance]
+
+
+def _method_of(router: Any) -> str:
+    made = getattr(router, "made_by", None)
+    return "" if made is None else str(made.method)
 
 
 def _mixture_type() -> type:

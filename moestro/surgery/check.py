@@ -232,6 +232,14 @@ def _check_built(work: Work, layer: MoELayer, donors: Mapping[str, OpenModel]) -
     _check_shared(work, layer, donors)
     if entry.router in ("rows", "mean"):
         check_rows(work, layer, donors)
+    if entry.router_scale is not None:
+        weight = None if isinstance(layer.router, RemapRouter) else layer.router.tensor("weight")
+        inputs = 0 if weight is None or weight.ndim != 2 else weight.shape[1]
+        if len(entry.router_scale) != inputs or work.place.shape.num_experts is None:
+            raise PlanError(
+                f"layer {entry.layer}: router_scale has {len(entry.router_scale)} factors for a {inputs} inputs wide "
+                f"weight of a {type(layer.router).__name__}"
+            )
 
 
 def shared_bank(layer: MoELayer) -> StackedFFN | None:

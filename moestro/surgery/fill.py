@@ -96,7 +96,7 @@ def _fill_router(
         return
     if rule == "remap":
         assert isinstance(router, RemapRouter)
-        _copy_router(router.inner, work.place, readers["self"], into, skip=())
+        _copy_router(router.inner, work.place, readers["self"], into)
         return
     if isinstance(router, RemapRouter):
         _fill_remapped(router, layer, work, readers["self"], into, ledger)
@@ -110,6 +110,8 @@ def _fill_router(
     if work.place.shape.num_experts is not None:
         _copy_nulls(layer, work.place, readers["self"], into)
         _copy_router(router, work.place, readers["self"], into, skip=(*router.choice_rows, *router.choice_ids))
+        if work.entry.router_scale is not None and readers["self"] is donors["self"].read:  # moments stay as they are
+            _scale_columns(router, work.entry.router_scale, into)
         _rename_ids(layer, work, into)
 
 
@@ -158,14 +160,24 @@ def _copy_nulls(layer: MoELayer, place: Place, read: Read, into: Into) -> None:
             into(tensor)[new.num_experts :].copy_(read(before)[old.num_experts :])
 
 
-def _copy_router(new: Router, place: Place, read: Read, into: Into, skip: tuple[str, ...]) -> None:
-    """Tensors of a router as they were, where the new one has them with the same shape."""
+def _scale_columns(router: Router, factors: Sequence[float], into: Into) -> None:
+    """Multiply what each input counts for in the logits."""
+    weight = router.tensor("weight")
+    assert weight is not None
+    rows = into(weight)
+    rows.copy_(rows.double() * torch.tensor(factors, dtype=torch.float64, device=rows.device))
+
+
+def _copy_router(new: Router, place: Place, read: Read, into: Into, skip: tuple[str, ...] = ()) -> None:
+    """Tensors of a router as they were, where the new one has them with the same shape; but for those in ``skip``."""
     old = place.mixture.router
     if isinstance(old, RemapRouter):
         old = old.inner
     before = _tensors(old)
+    filled = [new.tensor(name) for name in skip]
     for name, tensor in _tensors(new).items():
-        if name not in skip and name in before and before[name].shape == tensor.shape:
+        known = name in before and before[name].shape == tensor.shape
+        if known and not any(tensor is other for other in filled):
             into(tensor).copy_(read(before[name]))
 
 

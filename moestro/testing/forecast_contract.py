@@ -77,7 +77,7 @@ def fresh(method: Method, experts: Sequence[int] = EXPERTS) -> Any:
 
 
 def play(forecast: Any, steps: Sequence[Batch]) -> list[tuple[int, list[Wish]]]:
-    """(layer, -1 for the beginning; wishes) of every call."""
+    """(layer, -1 for the beginning; wishes) of every call, in a model whose every input settles the next routing."""
     told = []
     for batch in steps:
         tokens, positions, sequences = np.asarray(batch, dtype=np.int32).T
@@ -92,6 +92,9 @@ def play(forecast: Any, steps: Sequence[Batch]) -> list[tuple[int, list[Wish]]]:
                 assert EXPERTS[later], f"peeks at layer {later}, which has no experts"
                 return scores(batch, layer, later)
 
+            later = next((other for other in range(layer + 1, len(EXPERTS)) if EXPERTS[other]), None)
+            if later is not None:
+                told.append((layer, list(forecast.settled(later, routes(batch, later)))))
             told.append((layer, list(forecast.routed(layer, routes(batch, layer), peek))))
     return told
 

@@ -20,9 +20,13 @@ void Model::attention(int layer) {
   flat_ = rows_in(b_flat, rows, ld_ / kGroup, false);
   qkv_ = b_qkv.get<float>((size_t)rows * (l.q.blocks() + l.k.blocks() + l.v.blocks()) * 16);
   heads_ = b_heads.get<float>((size_t)rows * l.o.groups() * kGroup);
-  scores_ = b_scores.get<float>((size_t)rows * (l.router.blocks() + 1) * 16);
-  chosen_[layer].assign((size_t)rows * (l.experts ? l.top_k : 0), 0);
-  weighed_[layer].assign(chosen_[layer].size(), 0.0f);
+  if (!l.experts) chosen_[layer].clear(), weighed_[layer].clear();
+  for (int target : routed_at_[layer]) {
+    const LayerSpec& t = spec_.layers[target];
+    scores_[target] = b_scores[target == layer ? 0 : target + 1].get<float>((size_t)rows * (t.router.blocks() + 1) * 16);
+    chosen_[target].assign((size_t)rows * t.top_k, 0);
+    weighed_[target].assign(chosen_[target].size(), 0.0f);
+  }
   shared_weight_.assign(rows, 1.0f);
   normed_of_ = -1;
   parallel([&](int thread) { attention_body(layer, thread); });
@@ -256,26 +260,36 @@ void Model::route_rows(int layer, int thread) {
       shared_weight_[r] = gate[(r - from) * 16];
     }
   }
-  if (!l.experts) return;
+  if (routed_at_[layer].empty()) return;
+  float* own = nullptr;
+  if (!many()) {
+    own = s.query.get<float>((size_t)rows * ld_);
+    for (int r = 0; r < rows; ++r) norm(x_ + (size_t)r * ld_, l.ffn_norm, l.ffn_norm_bias, own + (size_t)r * ld_);
+  }
+  for (int target : routed_at_[layer]) route_rows_of(target, from, to, own, thread);
+}
+
+// Scores and choice of a layer for rows from..to-1, which this thread has normalised; `own`: all rows, where few.
+void Model::route_rows_of(int target, int from, int to, const float* own, int thread) {
+  const LayerSpec& l = spec_.layers[target];
   const Matrix& m = l.router;
   const size_t ld = (size_t)m.blocks() * 16;
-  if (many()) {
+  float* scores = scores_[target];
+  if (!own) {
     if (from < to)
       k_->block_float(m.layout, m.data(), m.k, normed_ + (size_t)from * ld_, ld_, nullptr, to - from, m.blocks(),
-                      scores_ + from * ld, ld);
+                      scores + from * ld, ld);
   } else {
-    float* own = s.query.get<float>((size_t)rows * ld_);
-    for (int r = 0; r < rows; ++r) norm(x_ + (size_t)r * ld_, l.ffn_norm, l.ffn_norm_bias, own + (size_t)r * ld_);
     int begin, end;
-    split(m.blocks(), thread, threads, &begin, &end);
+    split(m.blocks(), thread, pool_.threads(), &begin, &end);
     if (begin < end)
-      k_->block_float(m.layout, m.data() + begin * m.block_row(), m.k, own, ld_, nullptr, rows, end - begin,
-                      scores_ + begin * 16, ld);
+      k_->block_float(m.layout, m.data() + begin * m.block_row(), m.k, own, ld_, nullptr, step_.rows, end - begin,
+                      scores + begin * 16, ld);
     pool_.barrier();
   }
   for (int r = from; r < to; ++r) {
-    if (l.router_bias) k_->add(scores_ + r * ld, floats(l.router_bias), l.experts, 1.0f);
-    choose_row(l, scores_ + r * ld, chosen_[layer].data() + (size_t)r * l.top_k, weighed_[layer].data() + (size_t)r * l.top_k);
+    if (l.router_bias) k_->add(scores + r * ld, floats(l.router_bias), l.experts, 1.0f);
+    choose_row(l, scores + r * ld, chosen_[target].data() + (size_t)r * l.top_k, weighed_[target].data() + (size_t)r * l.top_k);
   }
 }
 

@@ -41,6 +41,11 @@ Model::Model(ModelSpec spec, int threads) : spec_(std::move(spec)), k_(current()
   scratch_ = std::vector<Scratch>(pool_.threads());
   chosen_.resize(spec_.layers.size());
   weighed_.resize(spec_.layers.size());
+  scores_.assign(spec_.layers.size(), nullptr);
+  routed_at_.resize(spec_.layers.size());
+  for (int i = 0; i < (int)spec_.layers.size(); ++i)
+    if (spec_.layers[i].experts) routed_at_[i - spec_.layers[i].ahead].push_back(i);
+  b_scores = std::vector<Buffer>(spec_.layers.size() + 1);
   page_floats_ = spec_.layers.size() * spec_.kv_heads * 2 * kLanes * (size_t)spec_.head_dim;
   cache_bytes_ = page_floats_ * sizeof(float) * spec_.pages;
   // Pages cost memory when they are written first, not here.
@@ -71,7 +76,9 @@ void Model::check() const {
     fits(f.down, spec_.hidden, f.up.n, what);
     if (f.gate.given()) fits(f.gate, f.up.n, spec_.hidden, what);
   };
-  for (const LayerSpec& l : spec_.layers) {
+  for (size_t index = 0; index < spec_.layers.size(); ++index) {
+    const LayerSpec& l = spec_.layers[index];
+    need(l.ahead >= 0 && l.ahead <= (int)index, "ahead: no such layer before");
     fits(l.q, spec_.heads * spec_.head_dim, spec_.hidden, "q: not [heads * head_dim, hidden]");
     fits(l.k, spec_.kv_heads * spec_.head_dim, spec_.hidden, "k: not [kv_heads * head_dim, hidden]");
     fits(l.v, spec_.kv_heads * spec_.head_dim, spec_.hidden, "v: not [kv_heads * head_dim, hidden]");
@@ -111,6 +118,7 @@ void Model::begin(const int32_t* tokens, const int32_t* positions, const int32_t
   }
   step_.rows = rows;
   normed_of_ = -1;
+  for (auto& ids : chosen_) ids.clear();
   step_.tokens.assign(tokens, tokens + rows);
   step_.positions.assign(positions, positions + rows);
   step_.rows_of.assign(rows_of, rows_of + rows);

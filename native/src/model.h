@@ -42,6 +42,7 @@ struct LayerSpec {
   Matrix router;
   uintptr_t router_bias = 0, select_bias = 0;  // added to the logits; added for the choice only
   int router_kind = SOFTMAX_TOPK, top_k = 0, groups = 1, top_groups = 1;
+  int ahead = 0;  // the router reads what the router of the layer so many before would read
   bool renormalise = false;
   float route_scale = 1;
   int experts = 0;
@@ -111,7 +112,7 @@ class Model {
   int rows() const { return step_.rows; }
   const std::vector<int32_t>& chosen(int layer) const { return chosen_[layer]; }
   const std::vector<float>& weighed(int layer) const { return weighed_[layer]; }
-  const float* scores() const { return scores_; }
+  const float* scores(int layer) const { return scores_[layer]; }
   Pool& pool() { return pool_; }
 
  private:
@@ -136,6 +137,7 @@ class Model {
   void attend_unit(int layer, int thread, int first, int rows, int kv_head);
   void attend_all(int layer, int thread);
   void route_rows(int layer, int thread);
+  void route_rows_of(int target, int from, int to, const float* own, int thread);
   void choose_row(const LayerSpec& l, float* logits, int32_t* ids, float* weights);
   void experts_body(bool last, int thread);
   void hidden_unit(const Item& item, int thread, int from, int to);
@@ -159,14 +161,16 @@ class Model {
   float* x_ = nullptr;       // residual stream [rows, ld]
   float* normed_ = nullptr;  // [rows, ld]
   float* mixed_ = nullptr;   // sum of the experts' outputs [rows, ld]
-  float* scores_ = nullptr;  // router logits [rows, experts]
+  std::vector<float*> scores_;  // by layer: router logits [rows, experts]
+  std::vector<std::vector<int>> routed_at_;  // by layer: layers whose routers read its input
   float* qkv_ = nullptr;
   float* heads_ = nullptr;   // attention outputs [rows, heads * dim padded to 64]
   float* turn_ = nullptr;    // cos and sin [rope][rows][rotary]
   float* projected_ = nullptr;  // [rows, ld]
   QRows in_, mid_, flat_;
-  Buffer b_x, b_normed, b_mixed, b_scores, b_qkv, b_heads, b_turn, b_projected, b_logits, b_peek, b_hidden, b_hidden_floats;
+  Buffer b_x, b_normed, b_mixed, b_qkv, b_heads, b_turn, b_projected, b_logits, b_peek, b_hidden, b_hidden_floats;
   Buffer b_in[3], b_mid[3], b_flat[3];
+  std::vector<Buffer> b_scores;  // one for all layers that route themselves, then one for each that is routed ahead
   std::vector<std::vector<int32_t>> chosen_;
   std::vector<std::vector<float>> weighed_;
   // Routes of the layer in work, grouped by expert.

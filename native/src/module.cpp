@@ -139,7 +139,7 @@ NB_MODULE(_native, m) {
       RW(LayerSpec, v_bias) RW(LayerSpec, o_bias) RW(LayerSpec, q_norm) RW(LayerSpec, k_norm) RW(LayerSpec, qk_norm)
       RW(LayerSpec, window) RW(LayerSpec, rope) RW(LayerSpec, attention_scale) RW(LayerSpec, attention_softcap)
       RW(LayerSpec, router) RW(LayerSpec, router_bias) RW(LayerSpec, select_bias) RW(LayerSpec, router_kind)
-      RW(LayerSpec, top_k) RW(LayerSpec, groups) RW(LayerSpec, top_groups) RW(LayerSpec, renormalise)
+      RW(LayerSpec, top_k) RW(LayerSpec, groups) RW(LayerSpec, top_groups) RW(LayerSpec, ahead) RW(LayerSpec, renormalise)
       RW(LayerSpec, route_scale) RW(LayerSpec, experts) RW(LayerSpec, expert) RW(LayerSpec, shared)
       RW(LayerSpec, shared_gate) RW(LayerSpec, slabs);
   nb::class_<ModelSpec>(m, "ModelSpec").def(nb::init<>())
@@ -169,6 +169,7 @@ NB_MODULE(_native, m) {
            [](const Model& s, int layer) {
              const LayerSpec& l = s.spec().layers.at(layer);
              const size_t k = l.experts ? l.top_k : 0;
+             if (s.chosen(layer).size() != s.rows() * k) throw std::invalid_argument("chosen: the layer was not routed yet");
              return nb::make_tuple(copied(s.chosen(layer).data(), s.rows(), k, k),
                                    copied(s.weighed(layer).data(), s.rows(), k, k));
            },
@@ -176,9 +177,11 @@ NB_MODULE(_native, m) {
       .def("scores",
            [](const Model& s, int layer) {
              const LayerSpec& l = s.spec().layers.at(layer);
-             return copied(s.scores(), s.rows(), l.experts, (size_t)l.router.blocks() * 16);
+             if (!s.scores(layer) || (int)s.chosen(layer).size() != s.rows() * l.top_k)
+               throw std::invalid_argument("scores: the layer was not routed yet");
+             return copied(s.scores(layer), s.rows(), l.experts, (size_t)l.router.blocks() * 16);
            },
-           nb::arg("layer"), "router logits float32 [R, experts] of the layer whose attention ran last")
+           nb::arg("layer"), "router logits float32 [R, experts] of the layer whose attention ran last, or of one routed ahead")
       .def("peek",
            [](Model& s, int layer, int other) {
              const int experts = s.spec().layers.at(other).experts;

@@ -96,6 +96,7 @@ class Router:
         weight: [experts, hidden], a float layout. bias: added to the logits. select_bias: added to what is ranked.
         renormalise: the k weights are divided by their sum. scale: multiplies the weights.
         groups, top_groups: only experts of the best groups (by the sum of their two best) may be chosen.
+        ahead: the router reads the input of the router of the layer so many before.
     """
 
     kind: str
@@ -107,6 +108,7 @@ class Router:
     scale: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ROUTERS:
@@ -194,6 +196,16 @@ class Description:
     gate: Any = None
     keep: list[Any] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for index, layer in enumerate(self.layers):
+            if layer.router is not None and not 0 <= layer.router.ahead <= index:
+                raise ConfigError(f"layer {index}: its router reads ahead={layer.router.ahead} layers before")
+
+    def routed_at(self, layer: int) -> list[int]:
+        """Layers whose routers read the input of the experts of ``layer``, itself perhaps among them."""
+        routers = [(index, there.router) for index, there in enumerate(self.layers)]
+        return [index for index, router in routers if router is not None and index - router.ahead == layer]
+
     @property
     def rotary(self) -> int:
         """Dimensions of a head that turn."""
@@ -214,13 +226,17 @@ class Steps(Protocol):
         """
 
     def attention(self, layer: int) -> None:
-        """Attention block and routing of a layer; writes keys and values at the rows' positions."""
+        """Attention block of a layer, and the routing of all whose routers read its input; writes keys and values at
+        the rows' positions."""
 
     def chosen(self, layer: int) -> tuple[Ints, Floats]:
-        """Experts [R, k], best first (equal scores: lower id first), and their weights, by the layer's own router."""
+        """Experts [R, k], best first (equal scores: lower id first), and their weights, by the layer's own router.
+
+        Known as soon as the layer whose input that router reads has run its attention.
+        """
 
     def scores(self, layer: int) -> Floats:
-        """Router logits [R, E] of the layer whose attention ran last."""
+        """Router logits [R, E] of the layer whose attention ran last, or of one that is routed ahead."""
 
     def peek(self, layer: int, other: int) -> Floats:
         """Router logits [R, E] of layer ``other`` for the input of the experts of ``layer``, whose attention ran last.

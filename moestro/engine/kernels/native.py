@@ -120,6 +120,10 @@ class NativeKernels:
             native.router_kind, native.top_k = ROUTERS.index(router.kind), router.top_k
             native.groups, native.top_groups = router.groups, router.top_groups
             native.renormalise, native.route_scale = router.renormalise, router.scale
+            if router.ahead:
+                if not hasattr(native, "ahead"):
+                    _too_old()
+                native.ahead = router.ahead
         if layer.shared is not None:
             native.shared = self._ffn(layer.shared)
         native.shared_gate = self._matrix(layer.shared_gate)

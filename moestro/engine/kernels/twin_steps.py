@@ -41,6 +41,7 @@ class TwinSteps:
             factor = np.float32(model.rope_factor)
             self.turns.append((np.cos(angle) * factor, np.sin(angle) * factor))
         self._chosen: dict[int, tuple[Ints, Floats]] = {}
+        self._logits: dict[int, Floats] = {}
         self.normed_of = -1
 
     def _norm(self, x: Floats, weight: Floats, bias: Floats | None = None) -> Floats:
@@ -97,11 +98,13 @@ class TwinSteps:
         self.x = self.x + self._scaled(linear(attention.o, out), attention.o_bias)
         self.normed = self._norm(self.x, spec.ffn_norm, spec.ffn_norm_bias)
         self.normed_of = layer
-        if spec.router is not None:
-            self.logits_of = self.peek(layer, layer)
-            if not np.isfinite(self.logits_of).all():
+        for target in model.routed_at(layer):
+            router = model.layers[target].router
+            assert router is not None
+            logits = self.peek(layer, target)
+            if not np.isfinite(logits).all():
                 raise RuntimeError(f"a NaN or an infinity appeared in the attention of layer {layer}")
-            self._chosen[layer] = choose(spec.router, self.logits_of)
+            self._logits[target], self._chosen[target] = logits, choose(router, logits)
 
     def _scaled(self, y: Floats, bias: Floats | None) -> Floats:
         y = y if bias is None else y + bias
@@ -129,7 +132,7 @@ class TwinSteps:
 
     def scores(self, layer: int) -> Floats:
         """See ``Steps``."""
-        return self.logits_of
+        return self._logits[layer]
 
     def peek(self, layer: int, other: int) -> Floats:
         """See ``Steps``."""
