@@ -171,7 +171,8 @@ class _Row:
         self.positions = np.array([position], np.int32)
         self.rows_of = self.want = np.zeros(1, np.int32)
         self.tables = np.arange(pages, dtype=np.int32)[None]
-        self.sequences, self.routes = [0], None
+        self.sequences: Sequence[int] = [0]
+        self.routes: Ints | None = None
 
 
 # -- the formulas ---------------------------------------------------------------------------------------------------
