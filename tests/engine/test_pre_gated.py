@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "chosen": {"router": {"kind": "topk_softmax"}, "shared": 32, "shared_gate": True},
     "sigmoid in groups": {"router": {"kind": "sigmoid_bias", "groups": 4, "top_groups": 2}, "layout": "q4"},
     "float32": {"layout": "f32"},
-    "with a dense layer": {"dense_layers": (2,)},
+    "with a dense layer": {"dense_layers": (2,), "layout": "f32"},
 }
 
 

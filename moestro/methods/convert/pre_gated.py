@@ -82,7 +82,8 @@ def gain(norm: nn.Module, dim: int) -> Tensor:
     with torch.no_grad():
         whole = copy.deepcopy(norm).float()
         up_D, down_D = (whole(x_D[None])[0].double() for x_D in (sign_D, -sign_D))
-    return (up_D - down_D) * sign_D.double()
+    found_D: Tensor = (up_D - down_D) * sign_D.double()
+    return found_D
 
 
 def norm_before(model: nn.Module, there: LayerShape) -> Tensor:
