@@ -94,3 +94,10 @@ def _idle(storage: torch.UntypedStorage) -> bool:
 
 POOL = StoragePool()
 """The pool of this process."""
+
+
+def gradient_for(weight: Tensor) -> Tensor:
+    """Storage in the weight's own memory order, so that autograd takes it over as it is."""
+    if weight.dim() == 3 and weight.transpose(1, 2).is_contiguous():
+        return POOL.empty(weight.transpose(1, 2).shape, weight.dtype, exact=True).transpose(1, 2)
+    return POOL.empty(weight.shape, weight.dtype, exact=True)
