@@ -68,7 +68,8 @@ struct BlockBuffers {
 };
 
 constexpr int kBlock = 512;
-constexpr int kPanel = 512 * 32 + 16 * 32;  // floats of scratch of a product: a panel of one operand, and a tile
+constexpr int kWide = 512;   // columns of a gradient at work at a time
+constexpr int kPanel = kBlock * (kWide + 16) + 16 * 32;  // floats of scratch of a product: packed operands and a tile
 
 struct TrainKernels {
   const char* name;

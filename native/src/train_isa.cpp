@@ -18,12 +18,19 @@ namespace MOESTRO_ISA {
 #define MR 12
 #define NB 2
 static inline float f_sum(F a) { return _mm512_reduce_add_ps(a.v); }
+static inline void f_stream(float* p, F a) { _mm512_stream_ps(p, a.v); }
+static inline void f_fence() { _mm_sfence(); }
 static inline F f_madd(F a, F b, F c) { return f_fma(a, b, c); }
 #elif defined(__AVX2__)
 #include "simd_avx2.h"
 #define NAME "avx2"
 #define MR 6
 #define NB 1
+static inline void f_stream(float* p, F x) {
+  _mm256_stream_ps(p, x.a);
+  _mm256_stream_ps(p + 8, x.b);
+}
+static inline void f_fence() { _mm_sfence(); }
 static inline float f_sum(F x) {
   const __m256 s = _mm256_add_ps(x.a, x.b);
   __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
@@ -35,6 +42,8 @@ static inline F f_madd(F a, F b, F c) { return f_fma(a, b, c); }
 #include "simd_scalar.h"
 #define NAME "scalar"
 #define NB 1
+static inline void f_stream(float* p, F a) { f_store(p, a); }
+static inline void f_fence() {}
 static inline float f_sum(F a) {
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
