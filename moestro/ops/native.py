@@ -47,7 +47,12 @@ def fits(*tensors: Tensor | None) -> bool:
     """Can the wheel read these? Dense float32 of the CPU, and no tensor of another kind than torch's own."""
     return all(
         t is None
-        or (t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and not t.is_sparse)
+        or (
+            t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and type(t) in (Tensor, nn.Parameter)
+            and not t.is_sparse
+        )
         for t in tensors
     )
 
@@ -125,9 +130,7 @@ class _Call:
         rows_NO, y_TO = self._rows(out), POOL.empty((self.tokens, out), torch.float32)
         scratch = self._scratch(backward=False)
         given = (_address(self.x_TD), _address(self.weight_N))
-        self.bank.forward(
-            self.route, *given, *map(_address, (pre_NJ, rows_NO, y_TO, scratch)), self.threads
-        )
+        self.bank.forward(self.route, *given, *map(_address, (pre_NJ, rows_NO, y_TO, scratch)), self.threads)
         return y_TO, pre_NJ
 
     def backward(self, grad_TO: Tensor, pre_NJ: Tensor, needs: set[str]) -> dict[str, Tensor]:

@@ -212,7 +212,9 @@ def test_a_batcher_is_shown_who_waits_and_for_how_long() -> None:
     assert counts == [[25, 4], [15, 4], [15, 1], [5, 1], [5, 1], [1, 1], [1], [1]]
     waited = [[item.waited for item in pending] for pending, _ in spy.shown]
     assert waited == [[0, 0], [1, 1], [2, 1], [1, 2], [2, 1], [1, 2], [2], [1]]
-    assert [[item.writing for item in pending] for pending, _ in spy.shown][:3] == [[False, False]] * 2 + [[False, True]]
+    assert [[item.writing for item in pending] for pending, _ in spy.shown][:3] == [[False, False]] * 2 + [
+        [False, True]
+    ]
     assert all(item.experts is None for pending, _ in spy.shown for item in pending)
     alone = [run(Scheduler(StubForward(), share=False), Answer(a.request.prompt, 3))[0] for a in asked]
     assert [answer.tokens for answer in asked] == alone
