@@ -43,7 +43,8 @@ class LeastRecentlyUsed(CachePolicy):
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
         there = set(candidates) if isinstance(candidates, Sequence) else candidates
-        oldest, found = -1, []
+        oldest = -1
+        found: list[Key] = []
         for key, time in self.last.items():
             if found and time > oldest:
                 break
