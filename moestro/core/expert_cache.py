@@ -4,7 +4,7 @@ The same objects run in the simulator and in the engine's store, so that both ev
 (key, bytes): an expert, a layer or a whole model. Light: nothing heavy is imported.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, Protocol, runtime_checkable
 
 from moestro.core.errors import ConfigError
@@ -34,7 +34,8 @@ class CachePolicy(Protocol):
         return
 
     def victim(self, candidates: Collection[Key]) -> Key:
-        """One of the candidates, none of which is needed now; the same whatever their order."""
+        """One of the candidates, none of which is needed now; the same whatever their order. They are a view: they
+        change once the victim has left."""
 
     def admit(self, key: Key) -> bool:
         """Whether a key that was just read shall be kept; one that shall not goes before any other."""
@@ -55,6 +56,22 @@ class Oracle(Protocol):
 
     def foresee(self, steps: Iterable[Sequence[Key]], start: int = 0) -> None:
         """What the steps ``start``, ``start + 1`` ... will need; more may be told later, and replaces what overlaps."""
+
+
+class _Without(Collection[Key]):
+    """Keys but for some, as they are now; nothing is copied."""
+
+    def __init__(self, keys: Collection[Key], without: Collection[Key]) -> None:
+        self.keys, self.without = keys, without
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys and key not in self.without
+
+    def __iter__(self) -> Iterator[Key]:
+        return (key for key in self.keys if key not in self.without)
+
+    def __len__(self) -> int:
+        return len(self.keys) - sum(key in self.keys for key in self.without)
 
 
 class ExpertCache:
@@ -137,13 +154,14 @@ class ExpertCache:
             return []
         if self.room(ahead=ahead) < nbytes:
             return None
-        idle = self._loose.keys() - self._wished()
+        wished = self._wished()
+        idle = _Without(self._loose, wished) if wished else self._loose.keys()
         gone: list[Key] = []
         while free < nbytes:
-            idle = idle or set(self._loose)
+            if not idle:
+                idle = self._loose.keys()
             passing = next((key for key in self._passing if key in idle), None)
             key = self.policy.victim(idle) if passing is None else passing
-            idle.remove(key)
             free += self.resident[key]
             self._remove(key)
             gone.append(key)

@@ -8,7 +8,7 @@ Source: the baseline of every offloading engine; Mattson et al. 1970 for its sta
 holds, a larger one holds too.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from moestro.core.card import MethodCard
@@ -42,8 +42,9 @@ class LeastRecentlyUsed(CachePolicy):
 
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
-        there = set(candidates)
-        oldest, found = -1, []
+        there = set(candidates) if isinstance(candidates, Sequence) else candidates
+        oldest = -1
+        found: list[Key] = []
         for key, time in self.last.items():
             if found and time > oldest:
                 break

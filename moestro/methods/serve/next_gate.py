@@ -53,6 +53,11 @@ def likely(ranked: Floats, count: int, least: float) -> list[int]:
         ranked: float32 [R, E], what the gate ranks; minus infinity for closed experts. count: per row.
     """
     experts = ranked.shape[1]
+    found: list[int]
+    if len(ranked) == 1 and not least:  # decoding, where a few microseconds a layer count
+        row = ranked[0]
+        found = (-row).argsort(kind="stable")[:count].tolist()
+        return found if row[found[-1]] != -np.inf else [expert for expert in found if row[expert] != -np.inf]
     high = ranked.max(axis=1, keepdims=True)
     share = np.exp(ranked - high)
     share /= share.sum(axis=1, keepdims=True)
@@ -63,7 +68,7 @@ def likely(ranked: Floats, count: int, least: float) -> list[int]:
         share[share < least] = 0
     need = share[0] if len(share) == 1 else 1 - (1 - share).prod(axis=0)
     order = np.argsort(-need, kind="stable")
-    found: list[int] = order[: np.count_nonzero(need)].tolist()
+    found = order[: np.count_nonzero(need)].tolist()
     return found
 
 

@@ -183,7 +183,7 @@ def acting(name: str, use: MethodUse, policy: MethodUse, past: Rows, rows: Rows)
     """
     made: Forecast
     if name in BUILT_IN:
-        made = {"none": Nothing, "repeat": Repeat, "perfect": lambda: Perfect(rows)}[name]()
+        made = Perfect(rows) if name == "perfect" else Repeat() if name == "repeat" else Nothing()
     else:
         found = method(use.method)
         if not hasattr(found.module, "forecast"):
