@@ -28,7 +28,8 @@ class AttentionParts:
         names: projection -> path of its linear layer in the module. linears: the layers. norms: of "query" and "key"
             heads, by projection, with their path. head_dim: width of a head. scaling: factor on the scores.
             causal: a query sees no later key. dropout: of the attention weights. layer: index in the cache.
-        turn: rotary positions, None without. implementation: how Transformers computes it.
+        turn: rotary positions, None without. window: how many keys a query sees at most, None for all; kernels that
+            are given no mask need it.
     """
 
     names: dict[str, str]
@@ -40,6 +41,7 @@ class AttentionParts:
     layer: int
     norms: dict[str, nn.Module] = field(default_factory=dict)
     turn: Turn | None = None
+    window: int | None = None
 
     def tensors(self) -> dict[str, str]:
         """Path in the module of every weight and bias of the projections, by ``query``, ``query_bias``, ..."""
@@ -75,9 +77,10 @@ def attention_parts(site: Site) -> AttentionParts:
         linears={name: modules[path] for name, path in names.items()},
         head_dim=width,
         scaling=getattr(there, "scaling", width**-0.5),
-        causal=bool(getattr(site.model_config, "is_decoder", False)) if bert else True,
+        causal=bool(getattr(there, "is_causal", not bert)),
         dropout=float(dropout),
         layer=getattr(there, "layer_idx", None) or 0,
         norms=norms,
         turn=None if bert else sys.modules[type(there).__module__].apply_rotary_pos_emb,
+        window=getattr(there, "sliding_window", getattr(site.model_config, "sliding_window", None)),
     )

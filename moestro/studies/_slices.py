@@ -185,6 +185,20 @@ def coin(seed: int) -> Choose:
     )
 
 
+def untrained(seed: int) -> Choose:
+    """What linear routers of random weights choose: as steady as a fitted one, and taught nothing."""
+    weights: dict[str, Tensor] = {}
+    draw = torch.Generator().manual_seed(seed)
+
+    def who(site: str, routing: Routing, ctx: Any) -> Tensor:
+        x_TD = ctx.kept[(site, "input")]
+        if site not in weights:
+            weights[site] = torch.randn(x_TD.shape[-1], EXPERTS, generator=draw)
+        return (x_TD @ weights[site]).topk(TOP_K, 1).indices
+
+    return Choose(who)
+
+
 def oracle(made: Cut, teacher: nn.Module) -> Choose:
     """The labels themselves, from the dense layer's output on the very input."""
     part = method("train.prior_approximate").module
@@ -204,6 +218,8 @@ def edits_of(arm: str, made: Cut, seed: int, name: str) -> list[Edit]:
     found: list[Edit] = []
     if arm.startswith("random"):
         found.append(coin(seed))
+    if arm == "untrained":
+        found.append(untrained(seed))
     if arm.startswith("oracle"):
         found.append(oracle(made, dense(name)))
     if "scaled" in arm:
@@ -216,7 +232,10 @@ def edits_of(arm: str, made: Cut, seed: int, name: str) -> list[Edit]:
 
 
 def by_loss(seed: int, name: str) -> Any:
-    """The middle cut the same way under a softmax router, which learns from the model's loss and a balance loss."""
+    """The middle cut at random too (another draw), under a softmax router with soft weights.
+
+    It learns from the model's loss and a balance loss, in one pass over the rows that the other routers are fitted on.
+    """
     model, size = fresh(name), scale(BUDGETS[name])
     losses = {"balance": {"method": "train.balance_loss"}}
     config = {"layers": middle(model), "num_experts": EXPERTS, "top_k": TOP_K, "losses": losses}

@@ -41,17 +41,22 @@ JOINS: dict[str, dict[str, object]] = {
     "bam_compute": BAM,
     "bam_shared": {**BAM, "kv": "shared"},
     "bam_top1": {**BAM, "attn_top_k": 1},
+    "bam_top1_tokens": {**BAM, "attn_top_k": 1},
     "btx": {"attention": "mean"},
     "btx_matched": {"attention": "mean", "extra_experts": 2, "ffn_top_k": 3},
 }
 
 
 class Scale(Config):
-    """Size of the model and of a run: steps of the seed, of a specialist, and of a join."""
+    """Size of the model and of a run: steps of the seed, of a specialist, and of a join.
+
+    The inner width is twice the model's, as in the paper: only then are three attentions more of as many weights as two
+    feed-forwards more (all in all) and as two more that run (of a token).
+    """
 
     layers: int = 3
     dim: int = 64
-    inner: int = 96
+    inner: int = 128
     heads: int = 4
     length: int = 128
     batch: int = 8
@@ -64,10 +69,10 @@ class Scale(Config):
 
 def scale(budget: Budget) -> Scale:
     """The sizes of a budget."""
-    small = {"layers": 1, "dim": 16, "inner": 24, "heads": 2, "length": 32, "batch": 4, "heldout": 4}
+    small = {"layers": 1, "dim": 16, "inner": 32, "heads": 2, "length": 32, "batch": 4, "heldout": 4}
     return budget.pick(
         ci=Scale(**small, seed_steps=4, branch_steps=3, mix_steps=3),
-        micro=Scale(layers=2, dim=32, inner=48, length=64, seed_steps=60, branch_steps=40, mix_steps=30, heldout=16),
+        micro=Scale(layers=2, dim=32, inner=64, length=64, seed_steps=60, branch_steps=40, mix_steps=30, heldout=16),
         full=Scale(),
     )
 
@@ -227,7 +232,7 @@ def run(arm: str, seed: int, budget: Budget) -> Mapping[str, float]:
         steps = steps_of(arm, seed, budget, model)
     start = heldout(model, size)["loss"]
     train(model, even, size, 1000 + seed, steps, size.lr / 2, joined=arm != "dense")
-    cost = operations(model, size, one=arm == "bam_top1") * steps
+    cost = operations(model, size, one=arm.startswith("bam_top1")) * steps
     return {
         **heldout(model, size),
         "start": start,
@@ -240,12 +245,13 @@ STUDY = Study(
     paper="bam",
     title="Specialists joined with their attentions",
     setting=(
-        "A byte-level model with parallel blocks (3 layers, width 64, 4 heads) learns Python's reference manual for "
-        "250 steps of 1024 bytes; three copies go on for 150 steps each in code, names of characters, and sums, with a "
-        "tenth of the manual. The four are joined and train on for 120 steps of an even mix. Losses are means over the "
-        "four domains' held-out bytes. The paper trains specialists of 590 million parameters on 100 billion tokens "
-        "each; here a specialist sees 0.15 million bytes. Operations of top-1 attention are counted as if only the "
-        "chosen expert's queries, scores and outputs ran."
+        "A byte-level model with parallel blocks (3 layers, width 64, inner width 128, 4 heads) learns Python's "
+        "reference manual for 250 steps of 1024 bytes; three copies go on for 150 steps each in code, names of "
+        "characters, and sums, with a tenth of the manual. The four are joined and train on for 120 steps of an "
+        "even mix. Losses are means over the four domains' held-out bytes. The paper trains specialists of 590 "
+        "million parameters on 100 billion tokens each; here a specialist sees 0.15 million bytes. Operations of "
+        "top-1 attention are counted as if only the chosen expert's queries, scores and outputs ran; its gate is "
+        "that of the softmax over all four."
     ),
     claims=(
         Claim(
@@ -292,9 +298,10 @@ STUDY = Study(
             metric="loss",
             judge=Beats(method="bam", control="btx_matched"),
             tells=(
-                "6 experts with 3 used start at {btx_matched.start}, 4 with one used at {btx.start}: a gate of the "
-                "whole softmax scales one choice of 4 down to about a quarter, three of 6 to a half. They end at "
-                "{btx_matched} and {btx}, attention experts at {bam}."
+                "Both have as many weights in all and as many that run, routers apart; attention experts compute "
+                "four times the scores besides. 6 experts with 3 used start at {btx_matched.start}, 4 with one "
+                "used at {btx.start}: a gate of the whole softmax scales one choice of 4 down to about a quarter, "
+                "three of 6 to a half. They end at {btx_matched} and {btx}, attention experts at {bam}."
             ),
         ),
         Claim(
@@ -306,7 +313,8 @@ STUDY = Study(
             judge=Beats(method="bam", control="bam_top1"),
             tells=(
                 "top-1 attention had {bam_top1.steps} steps for the operations of {bam.steps} soft ones; it starts at "
-                "{bam_top1.start} and ends at {bam_top1}, soft gates at {bam.start} and {bam}."
+                "{bam_top1.start} and ends at {bam_top1}, with {bam_top1_tokens.steps} steps at {bam_top1_tokens}; "
+                "soft gates start at {bam.start} and end at {bam}."
             ),
         ),
     ),
@@ -315,6 +323,7 @@ STUDY = Study(
         Arm(name="bam_compute", text="the same, for the operations of averaged attentions"),
         Arm(name="bam_shared", text="attention experts with averaged keys and values"),
         Arm(name="bam_top1", text="only the best attention expert, for the operations of soft gates", role="control"),
+        Arm(name="bam_top1_tokens", text="the same, for the tokens of soft gates", role="reference"),
         Arm(name="btx", text="feed-forward experts, averaged attentions", role="control"),
         Arm(name="btx_matched", text="averaged attentions, 6 experts of which 3 are used", role="control"),
         Arm(name="dense", text="the seed model trained on the same mix", role="reference"),

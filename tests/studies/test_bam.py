@@ -7,6 +7,7 @@ from moestro.methods.train.mixture_of_attention import MixtureOfAttention
 from moestro.studies._framework import BUDGETS
 from moestro.studies.bam import DOMAINS, JOINS, STUDY, bare, branches, documents, joined, operations, scale, steps_of
 from moestro.studies.bam import text as text_of
+from moestro.training.size import size_of
 
 
 CI = BUDGETS["ci"]
@@ -46,6 +47,25 @@ def test_arms_are_joins_or_the_seed() -> None:
     assert {arm.name for arm in STUDY.arms} == {*JOINS, "dense"}
 
 
+@pytest.mark.parametrize("name", ["ci", "micro", "full"])
+def test_the_matched_join_has_as_many_weights_all_in_all_and_running(name: str) -> None:
+    """Attention experts of one feed-forward against one attention of three feed-forwards, routers apart."""
+    size = scale(BUDGETS[name])
+    attention, forward = 4 * size.dim**2, 3 * size.dim * size.inner
+    experts, models = 4 + int(str(JOINS["btx_matched"]["extra_experts"])), len(DOMAINS)
+    assert models * (attention + forward) == attention + experts * forward
+    assert models * attention + forward == attention + int(str(JOINS["btx_matched"]["ffn_top_k"])) * forward
+
+
+def test_the_matched_join_is_what_its_settings_say() -> None:
+    sizes, tiny = {}, scale(CI)
+    for arm in ("bam", "btx_matched"):
+        found = size_of(joined(arm, 0, CI), tiny.length)
+        routers = {"bam": 4 + 4, "btx_matched": 6}[arm] * tiny.dim * tiny.layers
+        sizes[arm] = (found.parameters - routers, found.active - routers)
+    assert sizes["bam"] == sizes["btx_matched"]
+
+
 def test_equal_compute_is_as_many_operations() -> None:
     models = {arm: joined(arm, 0, CI) for arm in ("bam", "btx", "bam_top1")}
     tiny = scale(CI)
@@ -58,3 +78,14 @@ def test_equal_compute_is_as_many_operations() -> None:
     assert steps_of("bam_compute", 0, CI, models["bam"]) == round(tiny.mix_steps * dense / soft)
     assert steps_of("bam_top1", 0, CI, models["bam_top1"]) == round(tiny.mix_steps * soft / one)
     assert steps_of("btx", 0, CI, models["btx"]) == tiny.mix_steps
+    assert steps_of("bam_top1_tokens", 0, CI, models["bam_top1"]) == tiny.mix_steps
+
+
+def test_arms_that_are_compared_differ_in_one_setting() -> None:
+    """Equal first weights, the feed-forward routers' too, and equal rows to train on."""
+    models = {arm: joined(arm, 0, CI).state_dict() for arm in ("bam", "bam_top1", "bam_shared", "btx")}
+    first = models["bam"]
+    assert all(torch.equal(tensor, models["bam_top1"][name]) for name, tensor in first.items())
+    own = {name: tensor for name, tensor in first.items() if not name.endswith(("key_proj", "value_proj"))}
+    assert all(torch.equal(tensor, models["bam_shared"][name]) for name, tensor in own.items())
+    assert all(torch.equal(tensor, models["btx"][name]) for name, tensor in first.items() if ".self_attn." not in name)

@@ -79,3 +79,18 @@ def test_rows_are_weighted_sums_and_read_what_stood_there_before() -> None:
     again = tiny_model("llama")
     surgery.apply(again, plan(*sites))
     assert all(torch.equal(a.self_attn.router, b) for a, b in zip(again.model.layers, routers, strict=True))
+
+
+def test_what_was_frozen_stays_frozen_and_a_narrow_model_narrow() -> None:
+    model = tiny_model("llama").to(torch.bfloat16).train()
+    model.model.layers[0].self_attn.requires_grad_(False)
+    part = [TensorSource(layer=layer, name="o_proj.weight", weight=0.3) for layer in (0, 1)]
+    terms = [model.model.layers[layer].self_attn.o_proj.weight.detach().float() for layer in (0, 1)]
+    surgery.apply(model, plan(entry(0, output_proj=[part, part]), entry(1)))
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert {p.dtype for module in (first, second) for p in module.parameters()} == {torch.bfloat16}
+    assert [p.requires_grad for p in (first.query_proj, first.output_proj, first.router)] == [False, False, True]
+    assert all(p.requires_grad for p in second.parameters())
+    assert first.training
+    assert second.training
+    assert torch.equal(first.output_proj[0], (terms[0] * 0.3 + terms[1] * 0.3).to(torch.bfloat16))  # rounded once

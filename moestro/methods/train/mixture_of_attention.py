@@ -105,7 +105,7 @@ class MixtureOfAttention(nn.Module):
         self.config, self.site, self.plain = config, site.path, site.family is None
         self.head_dim, self.scaling, self.is_causal = parts.head_dim, parts.scaling, parts.causal
         self.dropout, self.layer_idx, self.turn = parts.dropout, parts.layer, parts.turn
-        self.model_config = site.model_config
+        self.model_config, self.window = site.model_config, parts.window
         for name in PROJECTIONS:
             linear, own = parts.linears[name], config.kv == "expert" or name in ("query", "output")
             rows = config.num_experts if own else 1
@@ -129,7 +129,10 @@ class MixtureOfAttention(nn.Module):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None,
         past_key_values: Any = None, **more: Any,
     ) -> Any:  # fmt: skip
-        """(output [B, S, D], None), or the output alone where no Transformers model is around."""
+        """(output [B, S, D], None), or the output alone where no Transformers model is around.
+
+        What else the model says (``more``) goes to its attention kernel, as from the attention that stood here.
+        """
         config = self.config
         logits_BSN = exact_linear(hidden_states, self.router)
         gate_BSN = soft_gates(logits_BSN, config.top_k, config.gate_norm == "topk_softmax").to(hidden_states.dtype)
@@ -140,8 +143,9 @@ class MixtureOfAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         mask = self._own_mask(hidden_states) if self.plain else attention_mask
         out, _ = self._attend()(
-            self, query, key, value, mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0
-        )
+            self, query, key, value, mask, scaling=self.scaling, dropout=self.dropout if self.training else 0.0,
+            sliding_window=self.window, **more,
+        )  # fmt: skip
         y = self._joined(out, gate_BSN)
         if hasattr(self, "output"):
             y = self.output["LayerNorm"](self.output["dropout"](y) + hidden_states)

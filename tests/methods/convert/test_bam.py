@@ -16,6 +16,7 @@ from moestro.core.inputs import PlanInputs
 from moestro.core.layer import mixture_layers
 from moestro.core.plan import ExpertPlan, Plan
 from moestro.core.registry import method
+from moestro.core.session import session
 from moestro.methods.train.mixture_of_attention import MixtureOfAttention
 from moestro.models.load import load
 from moestro.models.save import save
@@ -59,7 +60,7 @@ def attentions(model: Any) -> list[MixtureOfAttention]:
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
 def test_experts_are_copies_and_the_rest_is_the_mean(kv: str) -> None:
-    model, donors = family_of()
+    model, donors = family_of(attention_bias=True)
     models = [copy.deepcopy(model), *donors.values()]
     receipt = joined(model, donors, kv=kv)
     for layer, (there, mix) in enumerate(zip(attentions(model), mixture_layers(model).values(), strict=True)):
@@ -67,15 +68,18 @@ def test_experts_are_copies_and_the_rest_is_the_mean(kv: str) -> None:
         for expert, block in enumerate(stock):
             for name, path in {"query": "q_proj", "output": "o_proj"}.items():
                 assert torch.equal(getattr(there, f"{name}_proj")[expert], getattr(block.self_attn, path).weight)
+                assert torch.equal(getattr(there, f"{name}_bias")[expert], getattr(block.self_attn, path).bias)
             assert torch.equal(mix.bank.down_proj[expert], block.mlp.down_proj.weight)
         for name, path in {"key": "k_proj", "value": "v_proj"}.items():
-            mine, theirs = getattr(there, f"{name}_proj"), [getattr(block.self_attn, path).weight for block in stock]
-            wanted = torch.stack(theirs) if kv == "expert" else torch.stack(theirs).mean(0, keepdim=True)
-            torch.testing.assert_close(mine, wanted, atol=0 if kv == "expert" else 1e-6, rtol=0)
+            for part, leaf in (("proj", "weight"), ("bias", "bias")):
+                wanted = torch.stack([getattr(getattr(block.self_attn, path), leaf) for block in stock])
+                wanted = wanted if kv == "expert" else wanted.mean(0, keepdim=True)
+                atol = 0 if kv == "expert" else 1e-6
+                torch.testing.assert_close(getattr(there, f"{name}_{part}"), wanted, atol=atol, rtol=0)
     for name in ("model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"):
         wanted = torch.stack([one.get_parameter(name) for one in models]).mean(0)
         torch.testing.assert_close(model.get_parameter(name), wanted, atol=1e-6, rtol=0)
-    rows = 2 * (3 * 3 + (12 if kv == "expert" else 8))  # layers (feed-forward matrices, attention rows)
+    rows = 2 * (3 * 3 + 2 * (12 if kv == "expert" else 8))  # layers (feed-forward matrices, attention rows and biases)
     assert receipt["ledger"]["rows_touched"] == receipt["ledger"]["rows_expected"] == rows
     assert receipt["sites"][1]["donors"] == ["donor1", "donor2"]
 
@@ -117,6 +121,36 @@ def test_branch_train_mix_averages_the_attention() -> None:
         assert (mix.bank.num_experts, mix.router.top_k) == (5, 3)
         assert torch.equal(mix.bank.down_proj[3], mix.bank.down_proj[0])
         assert set(mix.losses) == {"balance", "z"}
+
+
+def test_losses_are_of_the_feed_forward_router_alone() -> None:
+    model, donors = family_of()
+    joined(model, donors)
+    with session(collect=True) as opened:
+        model(input_ids=ids())
+    (ctx,) = opened.take()
+    sites = list(mixture_layers(model))
+    assert sorted(ctx.losses) == sorted((site, name) for site in sites for name in ("balance", "z"))
+    assert all("mlp" in site for site in sites)
+    sum(term.total for term in ctx.losses.values()).backward()
+    # the attention of the last layer stands beside the last router, so nothing of it is asked
+    last = attentions(model)[-1]
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in last.parameters())
+    assert all(bool(mix.router.weight.grad.any()) for mix in mixture_layers(model).values())
+
+
+def test_gates_of_the_attention_are_as_the_settings_say() -> None:
+    model, donors = family_of()
+    joined(model, donors, kv="shared", attn_top_k=2, router_std=0.25)
+    for one in attentions(model):
+        assert (one.config.num_experts, one.config.kv, one.config.top_k) == (3, "shared", 2)
+        assert one.config.router_std == 0.25
+        assert float(one.router.detach().std()) == pytest.approx(0.25, rel=0.4)  # of 96 draws
+    plain, others = family_of()
+    joined(plain, others)
+    assert [one.config.top_k for one in attentions(plain)] == [None, None]
+    with pytest.raises(PlanError, match="attn_top_k=4 of 3; choose at most as many"):
+        planned(*family_of(), attn_top_k=4)
 
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import moestro
+from moestro.core.context import open_stack
 from moestro.core.errors import ConfigError
 from moestro.core.registry import method
 from moestro.core.site import Shared, Site
@@ -36,9 +37,9 @@ def layers_of(model: nn.Module) -> list[MixtureOfAttention]:
     return [module for module in model.modules() if isinstance(module, MixtureOfAttention)]
 
 
-def mixed(family: str, spread: bool = True, seed: int = 0, **config: Any) -> Any:
+def mixed(family: str, spread: bool = True, seed: int = 0, changes: dict[str, Any] | None = None, **config: Any) -> Any:
     """A tiny model whose attentions became mixtures; with ``spread`` of experts that differ."""
-    model = tiny_model(family, seed=seed)
+    model = tiny_model(family, seed=seed, **changes or {})
     swap(model, METHOD, {"num_experts": 3, **config}, kind="attention")
     draw = torch.Generator().manual_seed(seed + 7)
     with torch.no_grad():
@@ -59,11 +60,22 @@ def test_equal_experts_are_the_attention_whatever_the_gates(family: str, kv: str
 
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
-@pytest.mark.parametrize("family", ["llama", "cohere", "qwen3"])
-def test_the_fused_form_is_the_loop_over_experts(family: str, kv: str) -> None:
-    model, dense = mixed(family, kv=kv), tiny_model(family)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True}),
+        ("cohere", {"use_qk_norm": True}),  # a norm of its own for each head
+        ("qwen3", {}),
+    ],
+)
+def test_the_fused_form_is_the_loop_over_experts(family: str, changes: dict[str, Any], kv: str) -> None:
+    model, dense = mixed(family, kv=kv, changes=changes), tiny_model(family, **changes)
     layer, there = layers_of(model)[0], sites(dense, "attention")[0]
-    names = attention_parts(there).names
+    paths, draw = attention_parts(there).tensors(), torch.Generator().manual_seed(5)
+    for norm in attention_parts(there).norms:
+        weight = layer.get_parameter(f"{norm[0]}_norm.weight").data.normal_(generator=draw)
+        there.module.get_parameter(f"{norm[0]}_norm.weight").data.copy_(weight)
     x = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
     turns = dense.model.rotary_emb(x, torch.arange(6)[None])
     hides = torch.full((6, 6), float("-inf")).triu(1)[None, None].expand(2, 1, 6, 6)
@@ -71,14 +83,51 @@ def test_the_fused_form_is_the_loop_over_experts(family: str, kv: str) -> None:
     wanted = torch.zeros_like(x)
     for expert in range(3):
         one = copy.deepcopy(there.module)
-        for name, path in names.items():
-            rows = getattr(layer, f"{name}_proj")
-            one.get_submodule(path).weight.data.copy_(rows[min(expert, len(rows) - 1)])
+        for name, path in paths.items():
+            rows = getattr(layer, name if name.endswith("_bias") else f"{name}_proj")
+            one.get_parameter(path).data.copy_(rows[min(expert, len(rows) - 1)])
         said = one(x, position_embeddings=turns, attention_mask=hides)[0]
         wanted = wanted + gates[..., expert, None] * said
     found, _ = layer(x, position_embeddings=turns, attention_mask=hides)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert layer.key_proj.shape[0] == (3 if kv == "expert" else 1)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_dropout": 0.25}),
+        ("mistral", {"sliding_window": 4}),
+        ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 1}),
+        ("gemma3_text", {"use_bidirectional_attention": True, "query_pre_attn_scalar": 5}),
+        ("bert", {"attention_probs_dropout_prob": 0.25, "hidden_dropout_prob": 0.0}),
+    ],
+)
+def test_the_kernel_is_told_what_the_attention_that_stood_there_told_it(
+    monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], training: bool
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    told: list[dict[str, Any]] = []
+
+    def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **more: Any) -> Any:
+        more.setdefault("sliding_window", None)
+        more.pop("encoder_hidden_states", None)  # None, from BERT's block to itself
+        told.append({"causal": module.is_causal, "layer": module.layer_idx, "mask": mask, **more})
+        return query.transpose(1, 2), None
+
+    stock, model = tiny_model(family, **changes), mixed(family, spread=False, changes=changes)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, stock.config._attn_implementation, kernel)
+    for one in (stock, model):
+        logits(one.train(training), attention_mask=torch.ones(2, 7, dtype=torch.long))
+    count = len(layers_of(model))
+    assert len(told) == 2 * count
+    for want, found in zip(told[:count], told[count:], strict=True):
+        assert found.keys() == want.keys()
+        for name, value in want.items():
+            same = torch.equal(found[name], value) if isinstance(value, Tensor) else found[name] == value
+            assert same, f"{name} is {found[name]}, the attention that stood there has {value}"
 
 
 @pytest.mark.parametrize("kv", ["expert", "shared"])
@@ -153,6 +202,14 @@ def test_one_gate_hears_one_expert() -> None:
     assert torch.equal(logits(model), logits(only))
 
 
+def test_first_weights_of_the_router_have_the_deviation_asked_for() -> None:
+    for std in (0.0, 0.02, 0.5):
+        model = tiny_model("llama")
+        swap(model, METHOD, {"num_experts": 64, "router_std": std}, kind="attention")
+        for layer in layers_of(model):
+            assert float(layer.router.detach().std()) == pytest.approx(std, rel=0.1)
+
+
 def test_checkpointing_gives_the_same_gradients() -> None:
     found = []
     for checkpointed in (False, True):
@@ -185,15 +242,27 @@ def test_narrow_types_and_single_tokens() -> None:
     assert logits(model, ids(1, 1)).shape == (1, 1, VOCAB)
 
 
-def test_without_a_model_around_it_is_causal_attention() -> None:
+def alone(**config: Any) -> Any:
+    """A layer of three experts, width 8, where no Transformers model is around."""
     torch.manual_seed(0)
     site = Site(path="x", kind="attention", module=nn.Identity(), dim=8, out=8)
-    config = Config(num_experts=2, num_heads=2, num_kv_heads=1)
-    layer = method(METHOD).build(site, config, Shared())
-    x = torch.randn(1, 5, 8)
+    layer = method(METHOD).build(site, Config(num_experts=3, num_heads=2, num_kv_heads=1, **config), Shared())
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("top_k", "norm"), [(None, "full_softmax"), (1, "full_softmax"), (2, "full_softmax"), (2, "topk_softmax")]
+)
+def test_without_a_model_around_it_is_causal_attention(top_k: int | None, norm: Any) -> None:
+    layer, x = alone(top_k=top_k, gate_norm=norm), torch.randn(1, 5, 8)
     gates = (x @ layer.router.T).softmax(-1)
+    if top_k is not None:
+        gates = gates * (gates >= gates.sort(-1, descending=True).values[..., top_k - 1, None])
+    gates = gates / gates.sum(-1, keepdim=True) if norm == "topk_softmax" else gates
     wanted = torch.zeros_like(x)
-    for expert in range(2):
+    for expert in range(3):
         query, key, value = (x @ getattr(layer, f"{n}_proj")[expert].T for n in ("query", "key", "value"))
         heads = []
         for head in range(2):
@@ -201,7 +270,25 @@ def test_without_a_model_around_it_is_causal_attention() -> None:
             score = score.masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf"))
             heads.append(score.softmax(-1) @ value)
         wanted = wanted + gates[..., expert, None] * (torch.cat(heads, -1) @ layer.output_proj[expert].T)
-    torch.testing.assert_close(layer(x), wanted, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_model_around_padding_changes_no_real_token() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = alone()
+
+        def forward(self, inputs_embeds: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            said: Tensor = self.layer(inputs_embeds)
+            return said
+
+    stack, x = Stack(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(2))
+    open_stack(stack, "stack")
+    mask = (torch.arange(8) >= 3).long().expand(2, -1)
+    found = stack(torch.cat([torch.ones(2, 3, 8), x], 1), attention_mask=mask)
+    torch.testing.assert_close(found[:, 3:], stack(x), atol=1e-6, rtol=1e-5)
+    assert bool(found.isfinite().all())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from moestro.core.errors import ConfigError, DataError
 from moestro.core.registry import method
 from moestro.core.routing import Routing
 from moestro.core.session import session
+from moestro.core.site import Shared, Site
 from moestro.methods.planning import make_plan
 from moestro.methods.train._parts.prior import fit_linear_router, least_squares_scale
 from moestro.methods.train.prior_approximate import (
@@ -124,6 +125,16 @@ def test_the_loss_is_the_formula_written_out(target: Any, direction: Any) -> Non
     assert float(found) == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("direction", ["router||label", "label||router"])
+def test_a_certain_router_s_loss_is_clipped_and_finite(direction: Any) -> None:
+    labels, clip = torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 1e-7
+    raw = torch.tensor([[200.0, 0.0, 0.0, 0.0]])  # all on what is no label
+    p, q = [1 - clip, clip, clip, clip], [clip, clip, clip, 1 - clip]
+    wanted = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))  # either way: p and q trade places
+    found = prior_approximate_loss(raw, labels, target="uniform", direction=direction)
+    assert float(found) == pytest.approx(wanted, rel=1e-3)
+
+
 def test_the_balance_term_is_the_mass_of_the_chosen_and_flattens() -> None:
     raw = random_logits().requires_grad_()
     expected = sum(sum(sorted(row)[-2:]) / 4 for row in raw.softmax(-1).tolist())
@@ -150,7 +161,9 @@ def test_without_the_prior_no_gradient_reaches_a_router_and_with_it_one_does() -
     assert all(p.grad is None for name, p in model.named_parameters() if ".router." not in name)
 
 
-def written_out(model: Any, dense: Any, given: dict[str, Tensor], chained: bool) -> tuple[float, float]:
+def written_out(
+    model: Any, dense: Any, given: dict[str, Tensor], chained: bool, **settings: Any
+) -> tuple[float, float]:
     """Both router losses by a loop over layers on inputs taken by hooks."""
     entered: list[Tensor] = []
     hooks = [
@@ -166,9 +179,9 @@ def written_out(model: Any, dense: Any, given: dict[str, Tensor], chained: bool)
     for layer, block, x in zip(layers_of(model), dense.model.layers, entered, strict=True):
         x = t if chained and t is not None else x[live]
         t = block.mlp(x)
-        labels = labels_of_errors(slice_errors(layer.bank, x, t / 2.0), 2)
+        labels = labels_of_errors(slice_errors(layer.bank, x, t / float(layer.router.scale)), 2)
         r = (x @ layer.router.weight.T + layer.router.bias).detach()
-        prior += float(prior_approximate_loss(r, labels))
+        prior += float(prior_approximate_loss(r, labels, **settings))
         flat += float(balance(r, 2))
     return prior, flat
 
@@ -185,6 +198,24 @@ def test_the_objective_is_the_loop_over_layers_and_target_tokens(mode: str) -> N
     torch.testing.assert_close(terms["causal"].total, plain)
     other = objective(teacher_input="same" if mode == "chained" else "chained")(model, given, {"dense": dense})
     assert float(other["prior_approximate"].total.detach()) != pytest.approx(prior, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": "softmax-mask", "direction": "label||router"},
+        {"target": "uniform", "direction": "router||label"},
+    ],
+)
+def test_the_objective_takes_its_settings_and_a_fitted_scale(settings: dict[str, Any]) -> None:
+    model, dense = pair()
+    plain = objective(**settings)(model, batch(), {"dense": dense})["prior_approximate"].total
+    for layer, scale in zip(layers_of(model), (0.25, 0.5), strict=True):
+        layer.router.scale.fill_(scale)
+    found = objective(**settings)(model, batch(), {"dense": dense})["prior_approximate"].total
+    prior, _ = written_out(model, dense, batch(), False, **settings)
+    assert float(found.detach()) == pytest.approx(prior, rel=1e-4)
+    assert float(found.detach()) != pytest.approx(float(plain.detach()), rel=1e-3)  # other labels
 
 
 def test_padding_counts_in_no_loss_and_rows_add_up() -> None:
@@ -227,10 +258,31 @@ def test_bfloat16_and_a_single_token() -> None:
         assert terms["prior_approximate"].total.dtype == torch.float32
 
 
+def test_the_scale_is_not_rounded_in_a_narrow_model() -> None:
+    model, dense = pair(top_k=3)
+    model.to(torch.bfloat16)
+    routers = [layer.router for layer in layers_of(model)]
+    dense.to(torch.bfloat16)
+    surgery.apply(dense, make_plan("convert.factorllm", dense, {"num_experts": 4, "top_k": 3}))
+    for router in (*routers, *(layer.router for layer in layers_of(dense))):
+        assert router.weight.dtype == torch.bfloat16
+        assert router.scale.dtype == torch.float32
+        assert float(router.scale) == pytest.approx(4 / 3, rel=1e-6)
+
+
+def test_the_scale_is_the_quotient_or_what_is_asked_for() -> None:
+    site = Site(path="x", kind="mlp", module=torch.nn.Identity(), dim=8)
+    for scale, wanted in ((None, 4 / 3), (1.5, 1.5)):
+        config = PRIOR.configure({"num_experts": 4, "top_k": 3, "scale": scale})
+        assert float(PRIOR.build(site, config, Shared()).scale) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_wrong_teachers_and_models_are_named() -> None:
     model, dense = pair()
     with pytest.raises(ConfigError, match="one teacher, given: none"):
         objective()(model, batch(), {})
+    with pytest.raises(ConfigError, match="one teacher, given: a, b"):
+        objective()(model, batch(), {"a": dense, "b": dense})
     with pytest.raises(ConfigError, match=r"has no layer under train\.prior_approximate"):
         objective()(dense, batch(), {"d": dense})
     with pytest.raises(ConfigError, match=r"has nothing at model\.layers\.0\.mlp"):
@@ -265,6 +317,29 @@ def test_a_linear_rule_is_learned_and_the_loss_falls_by_more_than_half() -> None
         fit_linear_router(*start, x[:0], labels[:0], epochs=1, lr=1e-2, rows=60, seed=0)
 
 
+def test_steps_of_a_fit_are_adam_s_on_means_over_their_tokens() -> None:
+    """Of 20 tokens in steps of 8 the last holds 4, and counts no less for it."""
+    x, labels = random_logits(20, 6), labels_of_errors(random_logits(20, 4, seed=1), 2)
+    weight, bias = torch.nn.Parameter(random_logits(4, 6, seed=2)), torch.nn.Parameter(torch.zeros(4))
+    found = fit_linear_router(weight, bias, x, labels, epochs=2, lr=1e-2, rows=8, seed=5)
+    optimizer, draw = torch.optim.Adam([weight, bias], lr=1e-2), torch.Generator().manual_seed(5)
+    means = []
+    for _ in range(2):
+        order, losses = torch.randperm(20, generator=draw), []
+        for at in (0, 8, 16):
+            place = order[at : at + 8]
+            p, q = (x[place] @ weight.T + bias).softmax(-1), labels[place].softmax(-1)
+            each = (p * (p / q).log()).sum(-1)
+            optimizer.zero_grad()
+            each.mean().backward()
+            optimizer.step()
+            losses += each.tolist()
+        means.append(sum(losses) / 20)
+    torch.testing.assert_close(found[0], weight.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], bias.detach(), atol=1e-5, rtol=1e-4)
+    assert found[2] == pytest.approx(means, rel=1e-4)
+
+
 def test_fitting_changes_routers_alone_and_leaves_padding_out() -> None:
     model, dense = pair()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -284,6 +359,34 @@ def test_fitting_changes_routers_alone_and_leaves_padding_out() -> None:
         assert one.scale == 2.0
 
 
+def test_a_fit_is_that_of_a_linear_router_to_the_layer_s_labels() -> None:
+    """With a scale that is not E / K, batches of other padding, and settings that are not the first ones."""
+    settings: dict[str, Any] = {
+        "epochs": 2, "lr": 1e-2, "rows": 16, "seed": 3, "target": "uniform", "direction": "label||router",
+    }  # fmt: skip
+    masks = [(torch.arange(8) < width).long().expand(3, -1) for width in (5, 7)]
+    batches = [{"input_ids": ids(6, 8)[3 * i : 3 * i + 3], "attention_mask": mask} for i, mask in enumerate(masks)]
+    model, dense = pair()
+    entered: list[Tensor] = []
+    hook = dense.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    for one in batches:
+        dense(**one)
+    hook.remove()
+    x = torch.cat([one[mask.bool()] for one, mask in zip(entered, masks, strict=True)])
+    layer = layers_of(model)[0]
+    layer.router.scale.fill_(0.25)
+    labels = labels_of_errors(slice_errors(layer.bank, x, dense.model.layers[0].mlp(x) / 0.25), 2)
+    assert not torch.equal(labels, labels_of_errors(slice_errors(layer.bank, x, dense.model.layers[0].mlp(x) / 2), 2))
+    weight, bias, losses = fit_linear_router(layer.router.weight, layer.router.bias, x, labels, **settings)
+    fit = fit_routers(model, dense, batches, **settings)["model.layers.0.mlp"]
+    torch.testing.assert_close(layer.router.weight.detach(), weight, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.router.bias.detach(), bias, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fit.losses, losses, atol=1e-5, rtol=1e-4)
+    assert fit.tokens == 36
+    other = fit_linear_router(layer.router.weight, layer.router.bias, x, labels, **{**settings, "seed": 0})
+    assert not torch.equal(other[0], weight)
+
+
 def test_a_fitted_scale_is_the_best_one() -> None:
     chosen, dense = torch.randn(50, 6), torch.randn(50, 6)
     best = least_squares_scale(chosen, 1.3 * chosen)
@@ -296,6 +399,26 @@ def test_a_fitted_scale_is_the_best_one() -> None:
     fits = fit_routers(model, teacher, [{"input_ids": ids(6, 8)}], epochs=2, fit_scale=True)
     for site, layer in hard_layers(model).items():
         assert float(layer.router.get_buffer("scale")) == pytest.approx(fits[site].scale) != 2.0
+    layer = layers_of(model)[0]
+    entered: list[Tensor] = []
+    hook = teacher.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    teacher(input_ids=ids(6, 8))
+    hook.remove()
+    t = teacher.model.layers[0].mlp(entered[0])
+    unit = layer(entered[0]).detach() / layer.router.scale
+    assert float(layer.router.scale) == pytest.approx(least_squares_scale(unit, t), rel=1e-4)
+
+
+def test_a_scale_that_is_not_positive_is_told_and_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model, teacher = pair()
+    with torch.no_grad():
+        layers_of(model)[0].bank.down_proj.zero_()
+        layers_of(model)[1].bank.down_proj.neg_()
+    with caplog.at_level(logging.WARNING, logger="moestro"):
+        fits = fit_routers(model, teacher, [{"input_ids": ids(6, 8)}], epochs=1, fit_scale=True)
+    assert "model.layers.0.mlp: the best scale of the chosen slices is 0; it stays 2" in caplog.text
+    assert "model.layers.1.mlp: the best scale of the chosen slices is -" in caplog.text
+    assert [fit.scale for fit in fits.values()] == [2.0, 2.0]
 
 
 def test_labels_that_do_not_look_at_the_token_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:

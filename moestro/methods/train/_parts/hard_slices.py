@@ -30,7 +30,9 @@ ONE_SIDED = 0.95  # share of tokens with one slice among their labels above whic
 
 
 class HardRouter(LinearRouter):
-    """Top-k of the logits; every chosen slice weighs ``scale``, a float32 buffer [] that is saved with the model."""
+    """Top-k of the logits; every chosen slice weighs ``scale``, a buffer [] that is saved with the model, float32
+    whatever the model's type.
+    """
 
     hard: ClassVar[bool] = True
     scale: Tensor
@@ -38,7 +40,15 @@ class HardRouter(LinearRouter):
     def __init__(self, dim: int, num_experts: int, top_k: int, scale: float) -> None:
         super().__init__(dim, num_experts, top_k=top_k, bias=True)
         self.choices = top_k
-        self.register_buffer("scale", torch.tensor(float(scale)))
+        self.register_buffer("scale", torch.tensor(float(scale), dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        """Move like any module, but never round the scale."""
+        exact = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != exact.dtype:
+            self.scale = exact.to(self.scale.device)
+        return self
 
     def score(self, x_TD: Tensor, bank: Bank, ctx: RoutingContext) -> Scores:
         """See Router."""
@@ -133,7 +143,8 @@ def fit_routers(
         model: converted by ``convert.factorllm``. teacher: the dense model, of a known family.
         batches: arguments of its forward; tokens that an ``attention_mask`` [B, S] closes are left out.
         rows: tokens a step of Adam. seed: of their order.
-        fit_scale: then set the layer's output scale by least squares (not in the paper).
+        fit_scale: then set the layer's output scale by least squares (not in the paper); one that is not positive is
+            told and left out.
 
     Raises:
         ConfigError: no layer to fit, or a teacher that is not its dense model. DataError: no tokens.
@@ -183,8 +194,14 @@ def _fit_layer(layer: MoELayer, x_TD: Tensor, t_TO: Tensor, fit_scale: bool, set
     router.bias.copy_(bias)
     expert_TK = choose_topk(router.logits(x_TD), router.choices)
     if fit_scale:
-        routing = Routing.from_topk(expert_TK, torch.ones(expert_TK.shape), num_experts=router.num_experts)
-        router.scale.fill_(least_squares_scale(layer.bank(x_TD, routing), t_TO))
+        one_TK = torch.ones(expert_TK.shape, device=expert_TK.device)
+        routing = Routing.from_topk(expert_TK, one_TK, num_experts=router.num_experts)
+        best = least_squares_scale(layer.bank(x_TD, routing), t_TO)
+        if best > 0:
+            router.scale.fill_(best)
+        else:
+            told = "%s: the best scale of the chosen slices is %g; it stays %g"
+            logging.getLogger("moestro").warning(told, layer.site, best, float(router.scale))
     agreement = float(labels_TE.gather(1, expert_TK).mean())
     return Fit(len(x_TD), losses, agreement, labels_TE.mean(0), float(router.scale))
 
