@@ -218,4 +218,6 @@ def test_every_policy_is_held_against_the_bound(tmp_path: Path) -> None:
     against = {row.case.rsplit(", ", 1)[1]: row for row in rows if row.peer_name == "LRU"}
     assert against["belady"].ratio is not None
     assert against["belady"].ratio >= 1
+    assert "told the future" in against["belady"].note
+    assert "told the future" not in bound["lfu"].note
     assert bound["lru"].ratio == pytest.approx(1 / against["belady"].ratio)

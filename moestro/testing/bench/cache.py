@@ -8,6 +8,7 @@ round is enough: nothing is timed.
 from pathlib import Path
 from typing import Any, Final
 
+from moestro.core.expert_cache import Oracle
 from moestro.core.inputs import MeterInputs
 from moestro.core.plan import MethodUse
 from moestro.core.registry import infos, method
@@ -27,10 +28,12 @@ def run(rounds: int, model: Path | None = None) -> list[Row]:
 
 
 def compare(trace: Any, budgets: tuple[float, ...] = BUDGETS) -> list[Row]:
-    """Megabytes a token of every policy that runs with its own settings, against the bound and against LRU."""
+    """Experts read a token by every policy that runs with its own settings, against the bound and against LRU."""
     simulate = method("simulate.cache")
     found = infos()
     uses = [MethodUse(method=id) for id in sorted(found) if found[id].acts == "CachePolicy"]
+    made = {use.method: method(use.method).entry("policy")(method(use.method).configure({})) for use in uses}
+    told = {id.removeprefix("serve.") for id, policy in made.items() if isinstance(policy, Oracle)}
     slab = 1 << 20
     config = simulate.configure(
         {"policies": [use.model_dump() for use in uses], "budgets": budgets, "expert_bytes": slab}
@@ -44,7 +47,7 @@ def compare(trace: Any, budgets: tuple[float, ...] = BUDGETS) -> list[Row]:
         case = f"trained mixture, {budget} experts held ({here[BOUND]['share']:.0%})"
         for name, cell in here.items():
             size = cell["bytes a token"] / slab
-            note = f"hits {cell['hit ratio']:.1%}"
+            note = f"hits {cell['hit ratio']:.1%}" + (", told the future" if name in told else "")
             if name != BOUND:
                 rows.append(
                     Row(

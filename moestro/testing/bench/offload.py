@@ -105,6 +105,7 @@ def run(rounds: int, model: Path | None = None) -> list[Row]:
             wanted[name] = expected(options, rounds)
             drop(packed)
             child = opened.enter_context(Child("engine", {**options, "memory": LIMIT}, group("moestro-" + name, LIMIT)))
+            assert not child.about["torch"], "the engine's process must not import torch"
             arms[name] = Limited(child, name)
             arms[name].digests = (settle(child),)
             if arms[name].digests != wanted[name][:1]:
@@ -153,8 +154,9 @@ def _decode(arms: dict[str, Limited], peer: Child | str, rounds: int) -> list[Ro
     seconds = take_turns(work, rounds)
     rows = []
     for name, arm in arms.items():
+        limited = "" if arm.child.group is not None else f"{NO_GROUP}; "
         note = (
-            f"{arm.child.about.get('slots', 0)} of {reference.LAYERS * reference.EXPERTS} experts held, "
+            f"{limited}{arm.child.about.get('slots', 0)} of {reference.LAYERS * reference.EXPERTS} experts held, "
             f"hits {arm.hits / max(arm.needs, 1):.0%}, waiting {arm.waited / max(arm.taken, 1e-9):.0%} of the time; "
             "the peer follows its own routing"
         )

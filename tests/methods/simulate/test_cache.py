@@ -82,7 +82,7 @@ def test_counts_add_up_and_nobody_beats_the_bound(recorded: Path) -> None:
     report = METER.module.measure(MeterInputs(name="tiny", trace=RoutingTrace.open(recorded)), config)
     table = report.tables["policies"]
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
-    assert len(rows) == 3 * 5
+    assert len(rows) == 3 * 6
     for row in rows:
         assert row["hits"] + row["misses"] == 60 * 2 * 2
         assert row["of bound"] >= 1.0
