@@ -72,6 +72,7 @@ class ExpertCache:
         self.time = -1
         self.resident: dict[Key, int] = {}
         self._held: dict[Key, int] = {}
+        self._loose: dict[Key, None] = {}  # in the cache and not held
         self._passing: dict[Key, None] = {}
         self._spared: dict[int, frozenset[Key]] = {}
 
@@ -84,6 +85,7 @@ class ExpertCache:
     def hold(self, key: Key) -> None:
         """Keep a key from being evicted; once for each ``let_go``. Its bytes need not be there yet."""
         self._held[key] = self._held.get(key, 0) + 1
+        self._loose.pop(key, None)
 
     def let_go(self, key: Key) -> None:
         """Undo one ``hold``."""
@@ -92,6 +94,8 @@ class ExpertCache:
             self._held[key] = left
         else:
             del self._held[key]
+            if key in self.resident:
+                self._loose[key] = None
 
     def held(self, key: Key) -> bool:
         """Whether a key may not be evicted."""
@@ -130,13 +134,10 @@ class ExpertCache:
             return []
         if self.room(ahead=ahead) < nbytes:
             return None
-        loose = [key for key in self.resident if key not in self._held]
-        spared = self._wished()
-        idle = [key for key in loose if key not in spared] if spared else loose
+        idle = self._loose.keys() - self._wished()
         gone: list[Key] = []
         while free < nbytes:
-            if not idle:
-                idle = [key for key in loose if key in self.resident]
+            idle = idle or set(self._loose)
             passing = next((key for key in self._passing if key in idle), None)
             key = self.policy.victim(idle) if passing is None else passing
             idle.remove(key)
@@ -151,6 +152,8 @@ class ExpertCache:
             raise ValueError(f"{key} of {nbytes} bytes does not fit: {self.used} of {self.budget} are used")
         self.resident[key] = nbytes
         self.used += nbytes
+        if key not in self._held:
+            self._loose[key] = None
         self.policy.on_insert(key, max(self.time, 0))
         if not self.policy.admit(key):
             self._passing[key] = None
@@ -163,6 +166,7 @@ class ExpertCache:
     def _remove(self, key: Key) -> None:
         self.used -= self.resident.pop(key)
         self._passing.pop(key, None)
+        self._loose.pop(key, None)
         self.policy.on_evict(key)
 
 

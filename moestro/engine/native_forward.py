@@ -163,12 +163,12 @@ class NativeForward:
         if self.store is None:
             self.steps.experts(layer, needed, self.slabs[layer][needed])
             return
-        if self.forecast is not None:
-            shown = ids.view()
-            shown.flags.writeable = False
-            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
+        foreseen = False
         for lease in self.store.waves(layer, needed):
             try:
+                if not foreseen:  # not before what is needed now is held, and begins to be read
+                    self._foresee(layer, ids)
+                    foreseen = True
                 for index in lease.ready():
                     part = index[np.argsort(lease.ids[index])]
                     self.steps.experts(
@@ -179,6 +179,13 @@ class NativeForward:
 
     def _decoupled(self, layer: int) -> bool:
         return self.gate is not None and layer in self.gate.gate.layers
+
+    def _foresee(self, layer: int, ids: Ints) -> None:
+        """Ask for what later layers will probably need."""
+        if self.forecast is not None and self.store is not None:
+            shown = ids.view()
+            shown.flags.writeable = False
+            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
 
     def _peek(self, layer: int, later: int) -> Floats:
         """See ``moestro.core.forecast.Peek``."""

@@ -16,10 +16,10 @@ import numpy as np
 
 from moestro.core.errors import ConfigError, StoreError
 from moestro.core.expert_cache import CachePolicy, ExpertCache, Key, waves
+from moestro.core.expert_reads import Reads
 from moestro.core.forecast import Wish
 from moestro.engine.lease import PATIENCE_S, Counters, Entry, Ints, Lease
 from moestro.engine.packed import EXPERTS, Packed
-from moestro.engine.reads import Reads
 from moestro.engine.slabs import Read, SlabFile, Slots
 
 
@@ -288,12 +288,16 @@ class ExpertStore:
         while True:
             if self._closed or self._alive > self.readers + self._spare:
                 return None
-            while (work := self._reads.pop()) is not None:
-                if isinstance(work, Entry):
-                    return work
-                if work not in self._entries and self.cache.room(ahead=True) >= self.packed.experts[work[0]].stride:
+            while (found := self._reads.pop()) is not None:
+                needed, work = found
+                if needed:
+                    entry: Entry = work
+                    if entry.error is None:
+                        return entry
+                elif work not in self._entries and self.cache.room(ahead=True) >= self.packed.experts[work[0]].stride:
                     return self._begin(work, ahead=True)
-                self.counters.cancelled += 1
+                else:
+                    self.counters.cancelled += 1
             self._change.wait()
 
     def _finish(self, entry: Entry, error: StoreError | None) -> None:

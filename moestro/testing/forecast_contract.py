@@ -130,7 +130,7 @@ def outputs_are_the_model(method: Method) -> None:
     """See the contract."""
     lru = method_by_id("serve.lru")
     with tempfile.TemporaryDirectory() as folder:
-        tiny_folder("qwen3_moe", Path(folder) / "model", head_dim=16)
+        tiny_folder("mixtral", Path(folder) / "model", head_dim=16, num_hidden_layers=3)
         pack_model(Path(folder) / "model", Path(folder) / "packed", bits=8)
         packed = Packed.open(Path(folder) / "packed")
         description = describe(packed, packed.resident())

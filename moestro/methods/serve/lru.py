@@ -24,15 +24,17 @@ class LeastRecentlyUsed(CachePolicy):
     """See CachePolicy."""
 
     def __init__(self) -> None:
-        self.last: dict[Key, int] = {}
+        self.last: dict[Key, int] = {}  # in order of time
 
     def on_access(self, key: Key, time: int) -> None:
         """See CachePolicy."""
+        self.last.pop(key, None)
         self.last[key] = time
 
     def on_insert(self, key: Key, time: int) -> None:
         """See CachePolicy."""
-        self.last[key] = max(time, self.last.get(key, -1))
+        if self.last.get(key, -1) < time:
+            self.on_access(key, time)
 
     def on_evict(self, key: Key) -> None:
         """See CachePolicy."""
@@ -40,8 +42,15 @@ class LeastRecentlyUsed(CachePolicy):
 
     def victim(self, candidates: Collection[Key]) -> Key:
         """See CachePolicy."""
-        oldest = min(map(self.last.__getitem__, candidates))
-        return min(key for key in candidates if self.last[key] == oldest)
+        there = set(candidates)
+        oldest, found = -1, []
+        for key, time in self.last.items():
+            if found and time > oldest:
+                break
+            if key in there:
+                oldest = time
+                found.append(key)
+        return min(found)
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:

@@ -1,15 +1,18 @@
-"""The order in which a store reads: demands as they came, then what was wished ahead by priority."""
+"""The order in which experts are read: demands as they came, then what was wished ahead by priority.
+
+The same object runs in the simulator and in the engine's store. Light: nothing heavy is imported.
+"""
 
 import heapq
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 from moestro.core.expert_cache import Key
-from moestro.engine.lease import Entry
 
 
 class Reads:
-    """A queue of entries that somebody needs, and of keys that somebody may need.
+    """A queue of what somebody needs, and of keys that somebody may need.
 
     Attributes:
         wished: keys asked for ahead and not begun -> (priority, number of the request).
@@ -17,12 +20,12 @@ class Reads:
 
     def __init__(self) -> None:
         self.wished: dict[Key, tuple[int, int]] = {}
-        self._heap: list[tuple[int, int, Entry | Key]] = []
+        self._heap: list[tuple[int, int, Any]] = []
         self._numbers = itertools.count()
 
-    def demand(self, entry: Entry) -> None:
+    def demand(self, work: Any) -> None:
         """Needed now."""
-        heapq.heappush(self._heap, (0, next(self._numbers), entry))
+        heapq.heappush(self._heap, (0, next(self._numbers), work))
 
     def wish(self, key: Key, priority: int) -> bool:
         """May be needed; True if nobody had wished for it. The lowest priority counts, 1 at least."""
@@ -44,14 +47,13 @@ class Reads:
         """What is wished of a layer, or at all."""
         return [key for key in self.wished if layer in (None, key[0])]
 
-    def pop(self) -> Entry | Key | None:
-        """What is read next; None when nothing is left."""
+    def pop(self) -> tuple[bool, Any] | None:
+        """What is read next, and whether it is needed; a wish is over with that. None when nothing is left."""
         while self._heap:
-            _, number, work = heapq.heappop(self._heap)
-            if isinstance(work, Entry):
-                if work.error is None:
-                    return work
-            elif self.wished.get(work, (0, -1))[1] == number:
+            priority, number, work = heapq.heappop(self._heap)
+            if priority == 0:
+                return True, work
+            if self.wished.get(work, (0, -1))[1] == number:
                 del self.wished[work]
-                return work
+                return False, work
         return None
