@@ -89,13 +89,14 @@ class Served:
     """What came out of serving requests.
 
     Attributes:
-        unique: experts of each full batch. tokens: of each batch. latencies: seconds from coming to the last token.
+        unique: experts of each full batch. tokens, experts: of each batch. latencies: seconds from coming to the end.
         waits: the longest that each request waited for some of it to run, in seconds. beyond: batches that ran while a
             request had waited for too long already, the most of all. seconds: until all was done.
     """
 
     unique: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    experts: list[int] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
     beyond: int = 0
@@ -141,6 +142,7 @@ def serve(arm: str, requests: Sequence[Request], arrivals: Sequence[float], rows
         unique, total = len(np.unique(np.concatenate(parts))), sum(taken)
         now += FIXED_S + EXPERT_S * unique + TOKEN_S * total
         out.tokens.append(total)
+        out.experts.append(unique)
         if total == rows:
             out.unique.append(unique)
         for one, count in zip(running, taken, strict=True):

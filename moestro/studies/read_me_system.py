@@ -118,6 +118,9 @@ def batched(arm: str, seed: int, name: str) -> dict[str, float]:
         found |= {
             f"{kind}_unique": float(np.mean(full.unique)),
             f"{kind}_batch_tokens": float(np.mean(full.tokens)),
+            f"{kind}_seconds": full.seconds,
+            f"{kind}_load_experts": float(np.mean(open_.experts)),
+            f"{kind}_load_tokens": float(np.mean(open_.tokens)),
             f"{kind}_latency": float(np.mean(open_.latencies)),
             f"{kind}_latency_p95": float(np.percentile(open_.latencies, 95)),
             f"{kind}_max_wait": max(full.waits),
@@ -170,7 +173,10 @@ WAITS = (
 LATE = (
     "Mean latency: in order {fifo.sticky_latency} s, decode first {decode_first.sticky_latency}, prefill first "
     "{prefill_first.sticky_latency}, by expert {expert_aware.sticky_latency}, with a bound "
-    "{expert_wait.sticky_latency}. "
+    "{expert_wait.sticky_latency}. Under this load a batch has {decode_first.sticky_load_tokens} tokens and "
+    "{decode_first.sticky_load_experts} experts with next tokens first, {expert_aware.sticky_load_tokens} and "
+    "{expert_aware.sticky_load_experts} by expert: whoever is left behind waits for what others save. All requests "
+    "at once take {decode_first.sticky_seconds} s with next tokens first, {expert_aware.sticky_seconds} s by expert. "
 )
 
 
@@ -343,11 +349,12 @@ STUDY = Study(
         **{f"{kind}_hit_{size}": "hits an access" for kind, sizes in CAPACITIES.items() for size in sizes},
         **{f"{kind}_reads": "experts read, summed over capacities" for kind in CAPACITIES},
         **{f"{kind}_unique": "experts a full batch" for kind in CAPACITIES},
-        **{f"{kind}_batch_tokens": "tokens a batch" for kind in CAPACITIES},
+        **{f"{kind}_{name}_tokens": "tokens a batch" for kind in CAPACITIES for name in ("batch", "load")},
+        **{f"{kind}_load_experts": "experts a batch" for kind in CAPACITIES},
         **{
             f"{kind}_{name}": "s"
             for kind in CAPACITIES
-            for name in ("latency", "latency_p95", "max_wait", "max_wait_allowed")
+            for name in ("seconds", "latency", "latency_p95", "max_wait", "max_wait_allowed")
         },
         **{f"{kind}_batches_beyond": "batches" for kind in CAPACITIES},
         "worst_margin": "hits an access",

@@ -155,6 +155,24 @@ def test_known_prompts_are_read_as_by_belady_in_the_simulator(packed: Path) -> N
     native.close()
 
 
+def test_a_shared_beginning_is_routed_as_it_was(packed: Path) -> None:
+    native = Native(packed, 1 << 31, context=CONTEXT)
+    prompt = np.random.Generator(np.random.PCG64(5)).integers(3, VOCAB, 32).tolist()  # ends with a page: it is copied
+    plain = Answer(prompt, 12)
+    run(Scheduler(native.forward, share=False), plain)
+    wanted = best(native.forward.gate.route(np.array(plain.request.tokens[:-1], np.int32))).tolist()
+    scheduler = Scheduler(native.forward, Limits(running=1))
+    for _ in range(3):
+        seen: list[int] = []
+        native.forward.on_gate = lambda ids, seen=seen: seen.extend(ids.tolist())
+        again = Answer(prompt, 12)
+        run(scheduler, again)
+        assert again.tokens == plain.tokens
+        assert seen == wanted[-len(seen) :]
+    assert len(seen) == 12
+    native.close()
+
+
 def test_nothing_is_read_in_vain(packed: Path) -> None:
     native = few(packed, slots=5, policy="serve.read_me_belady", forecast="serve.read_me_belady")
     assert native.store is not None
@@ -212,9 +230,8 @@ def test_a_batcher_is_shown_who_waits_and_for_how_long() -> None:
     assert counts == [[25, 4], [15, 4], [15, 1], [5, 1], [5, 1], [1, 1], [1], [1]]
     waited = [[item.waited for item in pending] for pending, _ in spy.shown]
     assert waited == [[0, 0], [1, 1], [2, 1], [1, 2], [2, 1], [1, 2], [2], [1]]
-    assert [[item.writing for item in pending] for pending, _ in spy.shown][:3] == [[False, False]] * 2 + [
-        [False, True]
-    ]
+    writing = [[item.writing for item in pending] for pending, _ in spy.shown]
+    assert writing[:3] == [[False, False], [False, False], [False, True]]
     assert all(item.experts is None for pending, _ in spy.shown for item in pending)
     alone = [run(Scheduler(StubForward(), share=False), Answer(a.request.prompt, 3))[0] for a in asked]
     assert [answer.tokens for answer in asked] == alone

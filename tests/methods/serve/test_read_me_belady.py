@@ -9,6 +9,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import ExpertCache, Key, run_step
 from moestro.core.forecast import Wish
 from moestro.core.registry import method
+from moestro.methods.serve._parts.future import NEVER, Future
 from moestro.testing.policy_contract import stream
 from tests.methods.serve.policies import residents
 
@@ -72,6 +73,15 @@ def test_what_is_told_again_replaces_what_was_told() -> None:
             found = [run_step(cache, steps[at], 1) for cache in caches]
             assert found[0] == found[1]
             assert set(caches[0].resident) == set(caches[1].resident)
+
+
+def test_a_future_told_again_from_its_first_step_on() -> None:
+    future = Future()
+    future.tell([[(0, 1)], [(0, 2)], [(0, 1)]], 4)
+    future.tell([[(0, 3), (0, 3)], [(0, 2)]], 4)
+    assert [future.next((0, expert), 3) for expert in (1, 2, 3)] == [NEVER, 5, 4]
+    assert [future.next((0, expert), 4) for expert in (2, 3)] == [5, NEVER]
+    assert future.until == 6
 
 
 def test_needs_that_did_not_come_are_past() -> None:
