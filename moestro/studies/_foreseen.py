@@ -96,7 +96,7 @@ def mixture(size: Mixture, seed: int) -> Any:
 @torch.no_grad()
 def routed(model: Any, rows: list[Tensor]) -> tuple[Paths, Floats]:
     """Paths of rows, and what each gate says of the input of the mixture before its own."""
-    layers = list(mixture_layers(model).values())
+    layers: list[Any] = list(mixture_layers(model).values())
     inputs: dict[int, list[Tensor]] = {}
 
     def take(at: int, given: tuple[Any, ...], output: Any) -> None:

@@ -123,7 +123,9 @@ def replay(
     for step in steps:
         machine.begin()
         if forecast is not None:
-            machine.ahead(forecast.begin(paths.tokens[step.rows], step.positions, step.sequences))
+            told = (paths.tokens[step.rows], step.positions, step.sequences)
+            tokens, positions, sequences = (part.astype(np.int32) for part in told)
+            machine.ahead(forecast.begin(tokens, positions, sequences))
         for layer, ids, experts in step.needs:
             machine.compute(0.5)
 

@@ -42,7 +42,7 @@ SPLITS = ("predictor", "perfect", "arrival", "random", "cover", "loop")
 
 def named(arm: str, bench: Made) -> dict[str, float]:
     """Recall and precision of the k best, 1.5 k and 2 k, and joined; ``later``: without the first layer."""
-    found = {}
+    found: dict[str, float] = {}
     for kind, paths in bench.held.items():
         ranked = bench.gate[kind] if arm == "next_gate" else bench.said[kind][arm]
         best = rivals.top(ranked, paths.layers)
@@ -110,7 +110,7 @@ def columns_of(paths: Paths) -> dict[int, slice]:
 
 def cached(arm: str, bench: Made, budget: Budget) -> dict[str, float]:
     """Hit ratio, experts read for a token, and waiting as a share of computing, by slots, batch and domain."""
-    found = {}
+    found: dict[str, float] = {}
     tokens = budget.pick(ci=6, micro=24, full=96)
     cases = [("in", share, batch, 1.0) for share in SHARES for batch in BATCHES]
     cases += [("cross", 0.25, 16, 1.0), ("in", 0.25, 16, 0.25)]
@@ -162,7 +162,7 @@ def scheduled(arm: str, bench: Made, budget: Budget, seed: int) -> dict[str, flo
     paths = bench.held["in"]
     source = "perfect" if arm == "perfect" else "predictor"
     expected = rivals.top(bench.said["in"][source], paths.layers)
-    found = {}
+    found: dict[str, float] = {}
     for half in HALVES:
         if 2 * half > len(paths):
             continue

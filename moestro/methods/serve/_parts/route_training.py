@@ -187,7 +187,8 @@ def _rows(paths: Paths, batch: int, seed: int) -> Any:
         for start, stop in zip(paths.start[:-1], paths.start[1:], strict=True)
         for at in range(int(start), int(stop), ROW)
     ]
-    draw, order = np.random.default_rng(seed), []
+    draw = np.random.default_rng(seed)
+    order: list[int] = []
     while True:
         while len(order) < batch:
             order += draw.permutation(len(spans)).tolist()
@@ -208,8 +209,8 @@ def _loss(
     target = used_BSC.float()
     each_BSC = F.binary_cross_entropy_with_logits(logits_BSC, target, reduction="none")
     sizes = [shape.experts for shape in header.layers]
-    rows_BSL = torch.stack([part.sum(-1) for part in each_BSC.split(sizes, -1)], -1)
-    live_BSL = torch.stack([part.any(-1) for part in used_BSC.split(sizes, -1)], -1) & valid_BS[..., None]
+    rows_BSL = torch.stack([part.sum(-1) for part in torch.split(each_BSC, sizes, -1)], -1)
+    live_BSL = torch.stack([part.any(-1) for part in torch.split(used_BSC, sizes, -1)], -1) & valid_BS[..., None]
     return (rows_BSL * live_BSL).sum() / live_BSL.sum().clamp(min=1)
 
 
