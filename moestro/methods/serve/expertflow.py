@@ -40,7 +40,7 @@ from moestro.core.expert_cache import CachePolicy, Key
 from moestro.core.forecast import Floats, Forecast, Ints, Peek, Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.methods.serve._parts import route_predictor, token_split
-from moestro.methods.serve._parts.route_predictor import Header, LayerShape, check_heads
+from moestro.methods.serve._parts.route_file import LayerShape, check_heads, check_model
 
 
 NOT_TAUGHT = "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"
@@ -141,7 +141,8 @@ class ExpertFlow(CachePolicy, Forecast):
     def study(self, past: Recorded) -> None:
         """See Student; what was learned before stays."""
         if self.predictor is None:
-            from moestro.methods.serve._parts.route_training import paths_of_past, taught
+            from moestro.methods.serve._parts.route_paths import paths_of_past
+            from moestro.methods.serve._parts.route_training import taught
 
             self.predictor = taught(paths_of_past(past), self.config)
 
@@ -235,18 +236,6 @@ class ExpertFlow(CachePolicy, Forecast):
             found[at + ids] = True
             at += shape.experts
         return found
-
-
-def check_model(header: Header, experts: Sequence[int]) -> None:
-    """Raise ConfigError unless a predictor's layers are a model's; ``experts`` of each of its layers, 0: none."""
-    have = {shape.layer: shape.experts for shape in header.layers}
-    need = {layer: count for layer, count in enumerate(experts) if count}
-    if have != need:
-        odd = next(layer for layer in sorted({*have, *need}) if have.get(layer) != need.get(layer))
-        raise ConfigError(
-            f"the predictor knows {have.get(odd, 0)} experts in layer {odd}, the model has {need.get(odd, 0)}: it was "
-            f"learned from {header.model or 'another model'}; learn one from a trace of this model"
-        )
 
 
 def order(config: Config, plan: Any = None) -> Any:

@@ -20,7 +20,8 @@ from moestro.core.trace import trace
 from moestro.engine.open_native import acting
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
-from moestro.methods.serve._parts.route_predictor import LayerShape, load, save
+from moestro.methods.serve._parts.route_file import LayerShape, save
+from moestro.methods.serve._parts.route_predictor import load
 from moestro.models.load import load as load_model
 from moestro.testing.tiny import VOCAB, tiny_folder
 from tests.engine.running import Answer, run

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moestro.methods.serve._parts.route_predictor import Floats, LayerShape, RoutePredictor
-from moestro.methods.serve._parts.route_training import Bools, Ints, Paths
+from moestro.methods.serve._parts.route_file import Floats, LayerShape
+from moestro.methods.serve._parts.route_paths import Bools, Ints, Paths
+from moestro.methods.serve._parts.route_predictor import RoutePredictor
 
 
 def by_frequency(taught: Paths, asked: Paths) -> Floats:
