@@ -208,8 +208,8 @@ FOREIGN = (
     "Cross domain, a quarter of the slots, 16 sequences: hit ratio and experts read for a token "
     "{predictor.hits_25_16_cross} and {predictor.reads_25_16_cross}, LRU {lru.hits_25_16_cross} and "
     "{lru.reads_25_16_cross}, LFU {lfu.hits_25_16_cross} and {lfu.reads_25_16_cross}, previous token "
-    "{previous_token.hits_25_16_cross} and {previous_token.reads_25_16_cross}, the truth {perfect.hits_25_16_cross} and {perfect.reads_25_16_cross}: what is "
-    "foreseen wrongly is read in vain. "
+    "{previous_token.hits_25_16_cross} and {previous_token.reads_25_16_cross}, the truth "
+    "{perfect.hits_25_16_cross} and {perfect.reads_25_16_cross}: what is foreseen wrongly is read in vain. "
 )
 PAIRS = (
     "Pairs touched at T = 16: predicted paths {predictor.pairs_16}, true paths {perfect.pairs_16}, greedy cover "
