@@ -24,6 +24,7 @@ The predictor is learned from a trace (`learn`, the verb `moestro learn expertfl
 Source: ExpertFlow (2410.17954): routing path predictor, predictive locality-aware expert caching, token scheduler.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -92,16 +93,17 @@ def shared_slots(demand: Sequence[int], slots: int) -> list[int]:
 def pattern(logits: Floats, layers: Sequence[LayerShape], factor: float) -> list[npt.NDArray[np.int64]]:
     """The experts of each layer that rows [R, C] are expected to need, the likeliest first, equal ones by id."""
     found, at = [], 0
-    for shape in layers:
-        part = logits[:, at : at + shape.experts]
-        at += shape.experts
-        count = min(math.ceil(factor * shape.top_k - 1e-9), shape.experts)
+    for (experts, top_k), alike in itertools.groupby(layers, key=lambda shape: (shape.experts, shape.top_k)):
+        many = len(list(alike))
+        part = logits[:, at : at + many * experts].reshape(len(logits), many, experts)
+        at += many * experts
+        count = min(math.ceil(factor * top_k - 1e-9), experts)
         need = np.logaddexp(0, part).sum(0)  # -log of the chance that no row needs it
-        if count < shape.experts:
-            bar = np.partition(part, shape.experts - count, axis=1)[:, shape.experts - count, None]
+        if count < experts:
+            bar = np.partition(part, experts - count, axis=2)[:, :, experts - count, None]
             need = np.where((part >= bar).any(0), need, -1)
-        order = np.argsort(-need, kind="stable")
-        found.append(order[: np.count_nonzero(need >= 0)])
+        order, size = np.argsort(-need, axis=1, kind="stable"), np.count_nonzero(need >= 0, axis=1)
+        found += [ids[:length] for ids, length in zip(order, size, strict=True)]
     return found
 
 

@@ -101,6 +101,16 @@ def test_a_pattern_is_the_union_of_each_rows_best_by_the_chance_that_any_needs_i
     assert everyone.tolist() == np.argsort(-chance[:4]).tolist()
 
 
+def test_layers_of_one_size_are_told_apart() -> None:
+    logits = np.random.default_rng(2).normal(size=(3, 21)).astype(np.float32)
+    sizes, starts = (5, 5, 5, 6), (0, 5, 10, 15)
+    layers = tuple(LayerShape(layer=place, experts=size, top_k=2) for place, size in enumerate(sizes))
+    together = MODULE.pattern(logits, layers, 1.0)
+    for found, layer, start in zip(together, layers, starts, strict=True):
+        (alone,) = MODULE.pattern(logits[:, start : start + layer.experts], (layer,), 1.0)
+        assert found.tolist() == alone.tolist()
+
+
 # -- what is wished for -----------------------------------------------------------------------------------------------
 
 
