@@ -15,8 +15,9 @@ from moestro.core.trace import trace
 from moestro.data.dataset import DataConfig, Dataset, build_dataset, load_tokenizer
 from moestro.methods.serve._parts import route_rivals as rivals
 from moestro.methods.serve._parts import route_training as training
-from moestro.methods.serve._parts.route_predictor import Floats, RoutePredictor
-from moestro.methods.serve._parts.route_training import Paths
+from moestro.methods.serve._parts.route_file import Floats
+from moestro.methods.serve._parts.route_paths import Paths, paths_of
+from moestro.methods.serve._parts.route_predictor import RoutePredictor
 from moestro.observe.passing import watched
 from moestro.studies._framework import Budget
 from moestro.studies._mixture import Mixture, fresh, tune
@@ -96,7 +97,7 @@ def mixture(size: Mixture, seed: int) -> Any:
 @torch.no_grad()
 def routed(model: Any, rows: list[Tensor]) -> tuple[Paths, Floats]:
     """Paths of rows, and what each gate says of the input of the mixture before its own."""
-    layers = list(mixture_layers(model).values())
+    layers: list[Any] = list(mixture_layers(model).values())
     inputs: dict[int, list[Tensor]] = {}
 
     def take(at: int, given: tuple[Any, ...], output: Any) -> None:
@@ -111,7 +112,7 @@ def routed(model: Any, rows: list[Tensor]) -> tuple[Paths, Floats]:
             said.append(torch.full((len(rows) * len(rows[0]), layer.router.num_experts), -torch.inf))
         else:
             said.append(torch.cat([x.flatten(0, -2) for x in inputs[at - 1]]) @ layer.router.weight.T)
-    return training.paths_of(found), torch.cat(said, dim=1).float().numpy()
+    return paths_of(found), torch.cat(said, dim=1).float().numpy()
 
 
 def log_odds(rate: Floats) -> Floats:

@@ -4,7 +4,7 @@ Times are in units in which reading the experts that a layer needs at a step, on
 takes 1 to compute, half of it beside its experts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +25,9 @@ from moestro.engine.scheduler import Order, Scheduler
 from moestro.engine.slabs import load_all
 from moestro.engine.store import ExpertStore
 from moestro.engine.text import TextStream
-from moestro.methods.serve._parts.route_predictor import Floats, LayerShape
+from moestro.methods.serve._parts.route_file import Floats, LayerShape
+from moestro.methods.serve._parts.route_paths import Paths
 from moestro.methods.serve._parts.route_rivals import columns
-from moestro.methods.serve._parts.route_training import Paths
 from moestro.methods.simulate._parts.machine import Counts, Machine
 from moestro.models.save import save
 
@@ -84,6 +84,23 @@ class Told:
         """Nothing was kept."""
 
 
+@dataclass(frozen=True)
+class Gates:
+    """What gates said of the input of the mixture before them: of (rows, layer) float [R, E] from [T, C]."""
+
+    said: Floats
+    place: Mapping[int, slice]
+
+    def __call__(self, rows: Any, layer: int) -> Floats:
+        """See replay."""
+        return self.said[rows, self.place[layer]]
+
+
+def columns_of(paths: Paths) -> dict[int, slice]:
+    """Layer -> its place in C."""
+    return {shape.layer: part for shape, part in columns(paths.layers)}
+
+
 def experts_of(layers: Sequence[LayerShape]) -> tuple[int, ...]:
     """Experts of each layer from 0 on, 0 where there are none."""
     have = {shape.layer: shape.experts for shape in layers}
@@ -123,7 +140,9 @@ def replay(
     for step in steps:
         machine.begin()
         if forecast is not None:
-            machine.ahead(forecast.begin(paths.tokens[step.rows], step.positions, step.sequences))
+            told = (paths.tokens[step.rows], step.positions, step.sequences)
+            tokens, positions, sequences = (part.astype(np.int32) for part in told)
+            machine.ahead(forecast.begin(tokens, positions, sequences))
         for layer, ids, experts in step.needs:
             machine.compute(0.5)
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from moestro.core.registry import method
-from moestro.methods.serve._parts.route_training import Paths
+from moestro.methods.serve._parts.route_paths import Paths
 from moestro.methods.serve._parts.token_split import touched
 from moestro.studies import expertflow as study
 from moestro.studies._foreseen import Made, log_odds
-from moestro.studies._offload import Step, Told, decoding, keys_of, mean_need, replay
+from moestro.studies._offload import Gates, Step, Told, columns_of, decoding, keys_of, mean_need, replay
 from tests.methods.serve.routes import LAYERS, planted
 
 
@@ -95,10 +95,10 @@ def test_steps_are_the_tokens_side_by_side() -> None:
 
 def test_gates_are_asked_for_the_layer_behind() -> None:
     gate = np.arange(PATHS.used.size, dtype=np.float32).reshape(PATHS.used.shape)
-    gates = study.Gates(gate, study.columns_of(PATHS))
+    gates = Gates(gate, columns_of(PATHS))
     assert gates(np.array([3, 5]), 3).tolist() == gate[[3, 5], 8:].tolist()
     policy, forecast = study.player("next_gate", bench({"predictor": said(PATHS)}), "in", [])
-    truth = study.Gates(said(PATHS), study.columns_of(PATHS))
+    truth = Gates(said(PATHS), columns_of(PATHS))
     with_gate = replay(PATHS, steps_of(1), policy, forecast, 6, 50.0, truth)
     without = replay(PATHS, steps_of(1), fresh("serve.lru"), None, 6, 50.0)
     assert with_gate.misses < without.misses

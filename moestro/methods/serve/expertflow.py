@@ -24,6 +24,7 @@ The predictor is learned from a trace (`learn`, the verb `moestro learn expertfl
 Source: ExpertFlow (2410.17954): routing path predictor, predictive locality-aware expert caching, token scheduler.
 """
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ from moestro.core.expert_cache import CachePolicy, Key
 from moestro.core.forecast import Floats, Forecast, Ints, Peek, Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.methods.serve._parts import route_predictor, token_split
-from moestro.methods.serve._parts.route_predictor import Header, LayerShape, check_heads
+from moestro.methods.serve._parts.route_file import LayerShape, check_heads, check_model
 
 
 NOT_TAUGHT = "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"
@@ -92,16 +93,17 @@ def shared_slots(demand: Sequence[int], slots: int) -> list[int]:
 def pattern(logits: Floats, layers: Sequence[LayerShape], factor: float) -> list[npt.NDArray[np.int64]]:
     """The experts of each layer that rows [R, C] are expected to need, the likeliest first, equal ones by id."""
     found, at = [], 0
-    for shape in layers:
-        part = logits[:, at : at + shape.experts]
-        at += shape.experts
-        count = min(math.ceil(factor * shape.top_k - 1e-9), shape.experts)
+    for (experts, top_k), alike in itertools.groupby(layers, key=lambda shape: (shape.experts, shape.top_k)):
+        many = len(list(alike))
+        part = logits[:, at : at + many * experts].reshape(len(logits), many, experts)
+        at += many * experts
+        count = min(math.ceil(factor * top_k - 1e-9), experts)
         need = np.logaddexp(0, part).sum(0)  # -log of the chance that no row needs it
-        if count < shape.experts:
-            bar = np.partition(part, shape.experts - count, axis=1)[:, shape.experts - count, None]
+        if count < experts:
+            bar = np.partition(part, experts - count, axis=2)[:, :, experts - count, None]
             need = np.where((part >= bar).any(0), need, -1)
-        order = np.argsort(-need, kind="stable")
-        found.append(order[: np.count_nonzero(need >= 0)])
+        order, size = np.argsort(-need, axis=1, kind="stable"), np.count_nonzero(need >= 0, axis=1)
+        found += [ids[:length] for ids, length in zip(order, size, strict=True)]
     return found
 
 
@@ -141,7 +143,8 @@ class ExpertFlow(CachePolicy, Forecast):
     def study(self, past: Recorded) -> None:
         """See Student; what was learned before stays."""
         if self.predictor is None:
-            from moestro.methods.serve._parts.route_training import paths_of_past, taught
+            from moestro.methods.serve._parts.route_paths import paths_of_past
+            from moestro.methods.serve._parts.route_training import taught
 
             self.predictor = taught(paths_of_past(past), self.config)
 
@@ -235,18 +238,6 @@ class ExpertFlow(CachePolicy, Forecast):
             found[at + ids] = True
             at += shape.experts
         return found
-
-
-def check_model(header: Header, experts: Sequence[int]) -> None:
-    """Raise ConfigError unless a predictor's layers are a model's; ``experts`` of each of its layers, 0: none."""
-    have = {shape.layer: shape.experts for shape in header.layers}
-    need = {layer: count for layer, count in enumerate(experts) if count}
-    if have != need:
-        odd = next(layer for layer in sorted({*have, *need}) if have.get(layer) != need.get(layer))
-        raise ConfigError(
-            f"the predictor knows {have.get(odd, 0)} experts in layer {odd}, the model has {need.get(odd, 0)}: it was "
-            f"learned from {header.model or 'another model'}; learn one from a trace of this model"
-        )
 
 
 def order(config: Config, plan: Any = None) -> Any:

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from moestro.methods.serve._parts.route_predictor import Header, LayerShape, RoutePredictor
-from moestro.methods.serve._parts.route_training import Paths
+from moestro.methods.serve._parts.route_file import Header, LayerShape
+from moestro.methods.serve._parts.route_paths import Paths
+from moestro.methods.serve._parts.route_predictor import RoutePredictor
 
 
 LAYERS = (LayerShape(layer=1, experts=8, top_k=2), LayerShape(layer=3, experts=6, top_k=1))

@@ -20,7 +20,8 @@ from moestro.core.trace import trace
 from moestro.engine.open_native import acting
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
-from moestro.methods.serve._parts.route_predictor import LayerShape, load, save
+from moestro.methods.serve._parts.route_file import LayerShape, save
+from moestro.methods.serve._parts.route_predictor import load
 from moestro.models.load import load as load_model
 from moestro.testing.tiny import VOCAB, tiny_folder
 from tests.engine.running import Answer, run
@@ -98,6 +99,16 @@ def test_a_pattern_is_the_union_of_each_rows_best_by_the_chance_that_any_needs_i
     assert more.tolist() == sorted([0, 1, 2], key=lambda expert: -chance[expert])
     everyone, _ = MODULE.pattern(logits, layers, 9.0)
     assert everyone.tolist() == np.argsort(-chance[:4]).tolist()
+
+
+def test_layers_of_one_size_are_told_apart() -> None:
+    logits = np.random.default_rng(2).normal(size=(3, 21)).astype(np.float32)
+    sizes, starts = (5, 5, 5, 6), (0, 5, 10, 15)
+    layers = tuple(LayerShape(layer=place, experts=size, top_k=2) for place, size in enumerate(sizes))
+    together = MODULE.pattern(logits, layers, 1.0)
+    for found, layer, start in zip(together, layers, starts, strict=True):
+        (alone,) = MODULE.pattern(logits[:, start : start + layer.experts], (layer,), 1.0)
+        assert found.tolist() == alone.tolist()
 
 
 # -- what is wished for -----------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import torch
 from moestro.core.errors import ConfigError, LoadError, SaveError, TraceError
 from moestro.core.forecast import Recorded
 from moestro.core.trace import trace
+from moestro.methods.serve._parts import route_paths
 from moestro.methods.serve._parts import route_rivals as rivals
 from moestro.methods.serve._parts import route_training as training
-from moestro.methods.serve._parts.route_predictor import HEADER, WEIGHTS, LayerShape, load, save
+from moestro.methods.serve._parts.route_file import HEADER, WEIGHTS, LayerShape, save
+from moestro.methods.serve._parts.route_predictor import load
 from moestro.models.load import load as load_model
 from moestro.testing.tiny import VOCAB, tiny_folder
 from tests.methods.serve.routes import LAYERS, header, planted, random_predictor
@@ -184,20 +186,20 @@ def test_paths_of_a_trace_are_what_was_routed(tmp_path: Path) -> None:
     mask[1, :4] = 0
     with torch.no_grad(), trace(model) as recorded, trace(model, tmp_path / "t.trace") as stored:
         model(input_ids=ids, attention_mask=mask)
-    paths = training.paths_of(recorded)
+    paths = route_paths.paths_of(recorded)
     assert np.diff(paths.start).tolist() == [9, 5, 9]
     assert paths.tokens.tolist() == [*ids[0].tolist(), *ids[1, 4:].tolist(), *ids[2].tolist()]
     for shape, part in rivals.columns(paths.layers):
         assert (paths.used[:, part].sum(1) == shape.top_k).all()
         np.testing.assert_array_equal(paths.used[:, part].sum(0), recorded.load(shape.layer).numpy())
-    assert training.trace_hash(recorded) == training.trace_hash(stored)
+    assert route_paths.trace_hash(recorded) == route_paths.trace_hash(stored)
     taken = paths.take([2, 0])
     assert taken.tokens.tolist() == [*ids[2].tolist(), *ids[0].tolist()]
     np.testing.assert_array_equal(taken.used, np.concatenate([paths.used[14:], paths.used[:9]]))
     with torch.no_grad(), trace(model) as blind:
         model(inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(TraceError, match="token ids"):
-        training.paths_of(blind)
+        route_paths.paths_of(blind)
 
 
 def test_a_recorded_past_gives_the_same_paths() -> None:
@@ -206,7 +208,7 @@ def test_a_recorded_past_gives_the_same_paths() -> None:
     routes = np.array([[0, 1], [2, -1], [3, 4], [5, 6], [7, 0]], np.int32)
     sequence, position = np.array(rows, np.int32).T
     past = Recorded(np.array(tokens, np.int32), position, sequence, {1: routes}, (0, 8))
-    paths = training.paths_of_past(past)
+    paths = route_paths.paths_of_past(past)
     assert paths.tokens.tolist() == [7, 5, 9, 6, 8]
     assert paths.start.tolist() == [0, 3, 5]
     assert [np.flatnonzero(row).tolist() for row in paths.used] == [[3, 4], [0, 1], [0, 7], [2], [5, 6]]
@@ -215,18 +217,18 @@ def test_a_recorded_past_gives_the_same_paths() -> None:
 
 def test_shares_held_back_are_sequences_of_their_own() -> None:
     paths = planted(4, sequences=10)
-    rest, held = training.split_heldout(paths, 0.25, 0)
+    rest, held = route_paths.split_heldout(paths, 0.25, 0)
     assert (len(rest), len(held)) == (8, 2)
     with pytest.raises(ConfigError, match="two or more"):
-        training.split_heldout(paths.take([0]), 0.5, 0)
+        route_paths.split_heldout(paths.take([0]), 0.5, 0)
 
 
 def test_the_rivals_on_a_case_by_hand() -> None:
     paths = planted(5, sequences=1, length=6)
-    taught = training.Paths(LAYERS, np.array([1, 1, 2]), paths.used[:3].copy(), np.array([0, 3]), ("",))
+    taught = route_paths.Paths(LAYERS, np.array([1, 1, 2]), paths.used[:3].copy(), np.array([0, 3]), ("",))
     taught.used[:] = False
     taught.used[[0, 1, 2], [0, 0, 3]] = True
-    asked = training.Paths(LAYERS, np.array([2, 1, 9]), taught.used[[2, 0, 0]], np.array([0, 2, 3]), ("", ""))
+    asked = route_paths.Paths(LAYERS, np.array([2, 1, 9]), taught.used[[2, 0, 0]], np.array([0, 2, 3]), ("", ""))
     rate = np.array([2 / 3, 0, 0, 1 / 3])
     table = rivals.by_token(taught, asked, 12)[:, :4]
     np.testing.assert_allclose(table, [(np.eye(4)[3] + rate) / 2, (2 * np.eye(4)[0] + rate) / 3, rate], rtol=1e-5)

@@ -43,6 +43,14 @@ def test_a_permutation_of_two_halves_never_worse_than_as_it_was(count: int) -> N
         np.testing.assert_array_equal(split(paths, seed=seed), order)
 
 
+def test_the_loop_never_leaves_what_is_better_as_it_was() -> None:
+    for seed in range(20):
+        paths = random_paths(seed + 90, 12, pairs=48)
+        paths = paths[split(paths)]  # as it is, it is as good as can be
+        order = split(paths, exact=0)
+        assert touched(paths, order) == touched(paths, np.arange(12))
+
+
 @pytest.mark.parametrize("count", [4, 6, 8, 10])
 def test_few_are_split_as_well_as_can_be(count: int) -> None:
     for seed in range(8):

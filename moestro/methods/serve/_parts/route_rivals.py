@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from moestro.methods.serve._parts.route_predictor import Floats, LayerShape, RoutePredictor
-from moestro.methods.serve._parts.route_training import Bools, Ints, Paths
+from moestro.methods.serve._parts.route_file import Floats, LayerShape
+from moestro.methods.serve._parts.route_paths import Bools, Ints, Paths
+from moestro.methods.serve._parts.route_predictor import RoutePredictor
 
 
 def by_frequency(taught: Paths, asked: Paths) -> Floats:
     """The experts that are used most, whatever the token."""
     rate = taught.used.mean(0, dtype=np.float32)
-    return np.broadcast_to(rate, asked.used.shape)
+    found: Floats = np.broadcast_to(rate, asked.used.shape)
+    return found
 
 
 def by_token(taught: Paths, asked: Paths, vocabulary: int) -> Floats:
@@ -31,7 +33,8 @@ def by_previous(taught: Paths, asked: Paths) -> Floats:
     before = np.zeros(asked.used.shape, np.float32)
     before[1:] = asked.used[:-1]
     before[asked.start[:-1]] = 0
-    return before + taught.used.mean(0, dtype=np.float32)
+    found: Floats = before + taught.used.mean(0, dtype=np.float32)
+    return found
 
 
 def by_predictor(predictor: RoutePredictor, asked: Paths, chunk: int = 256) -> Floats:
