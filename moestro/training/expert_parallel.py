@@ -1,6 +1,11 @@
 """Expert parallelism: every rank holds some of the experts, and rows travel to the rank that holds theirs.
 
     shard_experts(layer, group)       # rank r of W keeps experts r * E/W .. (r + 1) * E/W - 1; all else is replicated
+    shard_experts(layer, links=Links("hierarchical", ranks_per_node=8))     # the same rows by another way
+
+With more ranks than experts, W = n E, an expert is cut by its inner units into n slices: rank r keeps slice r % n of
+expert r // n, a row visits all n, and their answers add up where the token is (expert slicing, DeepSpeed-MoE,
+2201.05596, section 5).
 
 A layer's mathematics does not change and knows nothing of ranks: only its dispatcher does. Every rank brings its own
 tokens, and the gradients of a rank's experts already hold what the tokens of all ranks ask for; the gradients of
@@ -23,6 +28,7 @@ from moestro.core.dispatch import Dispatcher
 from moestro.core.errors import ConfigError, ContextError
 from moestro.core.layer import MoELayer
 from moestro.core.routing import Routing
+from moestro.training.all_to_all import Links, all_to_all
 
 
 @dataclass
@@ -78,24 +84,37 @@ class AllToAll(Dispatcher):
     """Rows go to the rank of their expert and the answers come back, by two collectives a layer.
 
     Args:
-        num_experts: E over all ranks; a multiple of the number of ranks.
+        num_experts: E over all ranks; a multiple of the number of ranks W, or a divisor: W / E slices of each then.
         group: the process group, the default one when None.
         one_copy: a token visits a rank once, whatever the number of its experts there, and their weighted answers are
             added before they travel back. False sends one copy for every assignment, as plain implementations do; the
             numbers are the same but for the order of the sum.
+        links: the way rows travel, over its group; None: one exchange among all. With the coordinated algorithm all
+            ranks of a slicing group must bring the same tokens, and there is no gradient.
 
     Raises:
-        ConfigError: E is no multiple of the number of ranks.
+        ConfigError: E is neither a multiple nor a divisor of the number of ranks, or group and links disagree.
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None, *, one_copy: bool = True) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        one_copy: bool = True,
+        links: Links | None = None,
+    ) -> None:
         super().__init__()
-        self.group = group
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        if num_experts % self.world:
+        if links is not None and group not in (None, links.group):
+            raise ConfigError("group and links name different ranks; give the links alone")
+        self.group = group if links is None else links.group
+        self.links = links
+        self.rank, self.world = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if num_experts % self.world and self.world % num_experts:
             raise ConfigError(f"{num_experts} experts cannot be shared equally by {self.world} ranks")
         self.num_experts = num_experts
-        self.experts_here = num_experts // self.world
+        self.slices = max(1, self.world // num_experts)
+        self.experts_here = num_experts * self.slices // self.world
         self.one_copy = one_copy
         self.traffic = Traffic()
 
@@ -110,6 +129,7 @@ class AllToAll(Dispatcher):
                 f"the dispatcher holds {self.num_experts} experts; the routing has {routing.num_experts} and "
                 f"{routing.num_null} nulls"
             )
+        routing = over_slices(routing, self.slices)
         owner_N = routing.expert_N // self.experts_here
         order_N = torch.argsort(owner_N, stable=True)
         owner_N, token_N = owner_N[order_N], routing.token_N[order_N]
@@ -144,16 +164,26 @@ class AllToAll(Dispatcher):
 
     def combine(self, y_RO: Tensor, handle: Any) -> Tensor:
         """Answers back at their tokens [T, O], added up in the order of ranks; half precisions in float32."""
-        back = self._exchange(y_RO, handle.received_W, handle.sent_W, "rows_back")
+        back = self._exchange(y_RO, handle.received_W, handle.sent_W, "rows_back", back=True)
         exact = back.float() if back.element_size() < 4 else back
         return exact.new_zeros(handle.num_tokens, back.shape[1]).index_add(0, handle.token_R, exact).to(back.dtype)
 
     def _count(self, owner: Tensor) -> Tensor:
         return torch.bincount(owner, minlength=self.world)
 
-    def _exchange(self, data: Tensor, sent_W: Sequence[int], received_W: Sequence[int], kind: str = "orders") -> Tensor:
+    def _exchange(
+        self,
+        data: Tensor,
+        sent_W: Sequence[int],
+        received_W: Sequence[int],
+        kind: str = "orders",
+        *,
+        back: bool = False,
+    ) -> Tensor:
         """The collective, with gradient; counts what leaves this rank."""
         data = data.contiguous()
+        if self.links is not None:
+            return all_to_all(data, sent_W, self.links, back=back, tell=partial(self._told, kind))[0]
         splits = list(received_W), list(sent_W)
         if data.is_floating_point():
             got: Tensor = all_to_all_single_autograd(data, *splits, self.group or dist.group.WORLD)
@@ -168,6 +198,9 @@ class AllToAll(Dispatcher):
             got = _OnBackward.apply(got, partial(self._add, later, nbytes * self._leaving(received_W)))
         return got
 
+    def _told(self, kind: str, nbytes: int, gradient: bool) -> None:
+        self._add("gradients" if gradient and kind != "orders" else kind, nbytes)
+
     def _leaving(self, split_W: Sequence[int]) -> int:
         return sum(count for rank, count in enumerate(split_W) if rank != self.rank)
 
@@ -175,11 +208,52 @@ class AllToAll(Dispatcher):
         setattr(self.traffic, kind, getattr(self.traffic, kind) + nbytes)
 
 
-def shard_experts(layer: MoELayer, group: dist.ProcessGroup | None = None, *, one_copy: bool = True) -> AllToAll:
+def over_slices(routing: Routing, slices: int) -> Routing:
+    """The routing over n slices of each expert, slice s of expert e being e n + s: every assignment, n times."""
+    if slices == 1:
+        return routing
+    token_N, expert_N, weight_N = (
+        values.repeat_interleave(slices) for values in (routing.token_N, routing.expert_N, routing.weight_N)
+    )
+    slice_N = torch.arange(slices, device=expert_N.device).repeat(len(routing.expert_N))
+    experts = routing.num_experts * slices
+    return Routing(token_N, expert_N * slices + slice_N, weight_N, routing.num_tokens, experts, causal=routing.causal)
+
+
+def slice_experts(bank: StackedFFN, slices: int) -> dict[str, Tensor]:
+    """The bank's parameters, every expert cut into ``slices`` by its inner units: their answers sum to the expert's.
+
+    The bias of the down-projection stays with the first slice.
+
+    Raises:
+        ConfigError: the inner units cannot be shared equally.
+    """
+    if bank.inner % slices:
+        raise ConfigError(f"experts of {bank.inner} inner units cannot be cut into {slices} equal slices")
+    found = {}
+    for name, parameter in bank.named_parameters():
+        whole = parameter.detach()
+        if name == "down_proj":
+            found[name] = torch.cat([part[:, None] for part in whole.chunk(slices, -1)], 1).flatten(0, 1)
+        elif name == "down_proj_bias":
+            found[name] = torch.stack([whole] + [torch.zeros_like(whole)] * (slices - 1), 1).flatten(0, 1)
+        else:  # gate rows before up rows, in every slice
+            halves = whole.unflatten(1, (2 if bank.gated else 1, slices, -1))
+            found[name] = halves.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    return found
+
+
+def shard_experts(
+    layer: MoELayer,
+    group: dist.ProcessGroup | None = None,
+    *,
+    one_copy: bool = True,
+    links: Links | None = None,
+) -> AllToAll:
     """Keep this rank's experts of a layer and send rows where their experts are; in place.
 
     Every rank must hold the same weights before. ``pre`` and ``post`` stay where the tokens are: only what stands
-    between them travels.
+    between them travels. The other arguments are those of ``AllToAll``.
 
     Returns:
         The layer's dispatcher, with the byte counter.
@@ -196,12 +270,12 @@ def shard_experts(layer: MoELayer, group: dist.ProcessGroup | None = None, *, on
         raise ConfigError(
             f"{layer.site or 'layer'}: experts in a {type(bank).__name__} cannot be shared out; stacked ones can"
         )
-    dispatcher = AllToAll(bank.num_experts, group, one_copy=one_copy)
+    dispatcher = AllToAll(bank.num_experts, group, one_copy=one_copy, links=links)
     here = dispatcher.experts_here
     mine = slice(dispatcher.rank * here, (dispatcher.rank + 1) * here)
-    for name, parameter in list(bank.named_parameters()):
-        kept = torch.nn.Parameter(parameter.detach()[mine].clone(), requires_grad=parameter.requires_grad)
-        bank.register_parameter(name, kept)
-    bank.num_experts = here
+    for name, whole in slice_experts(bank, dispatcher.slices).items():
+        trains = bank.get_parameter(name).requires_grad
+        bank.register_parameter(name, torch.nn.Parameter(whole[mine].clone(), requires_grad=trains))
+    bank.num_experts, bank.inner = here, bank.inner // dispatcher.slices
     layer.dispatcher = dispatcher
     return dispatcher
