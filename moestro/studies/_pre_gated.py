@@ -36,8 +36,8 @@ def shape_of(budget: Budget) -> Mixture:
     few = {"layers": 4, "dim": 32, "heads": 2, "inner": 16}
     return budget.pick(
         ci=size_of(budget, **few, top_k=1, experts=4),
-        micro=size_of(budget, layers=5, dim=48, heads=3, inner=48, top_k=1, steps=60, heldout=16),
-        full=size_of(budget, layers=6, dim=64, heads=4, inner=64, top_k=1, steps=350, aux=1e-2),
+        micro=size_of(budget, layers=5, dim=48, heads=3, inner=48, top_k=1, steps=40, heldout=16),
+        full=size_of(budget, layers=6, dim=64, heads=4, inner=64, top_k=1, steps=300, aux=1e-2),
     )
 
 
@@ -87,7 +87,7 @@ def tuned(arm: str, seed: int, name: str) -> nn.Module:
     """The arm's model after it was tuned."""
     size = shape_of(BUDGETS[name])
     model = converted(arm, seed, name)
-    steps = BUDGETS[name].pick(ci=2, micro=30, full=120)
+    steps = BUDGETS[name].pick(ci=2, micro=20, full=100)
     tune(model, task_of(size).train, size, seed, steps, lr=0.5)
     return model.eval()
 

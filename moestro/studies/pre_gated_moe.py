@@ -74,14 +74,14 @@ def ids_of(seed: int, name: str) -> list[int]:
     """Held-out text, token by token: a row of the seed's own."""
     size = shape_of(BUDGETS[name])
     every = [row for batch in rows_of(task_of(size).heldout, size) for row in batch["input_ids"]]
-    count = BUDGETS[name].pick(ci=2, micro=6, full=24)
+    count = BUDGETS[name].pick(ci=2, micro=6, full=16)
     return [int(token) for token in every[seed % len(every)][:count]]
 
 
 def pace_of(budget: Budget, *, busy: bool = False) -> Pace:
-    """Experts of 4 MB and mixtures of 8 ms: a read takes 2.5, 1 and 0.5 of a mixture's time at the three rates."""
-    scale = budget.pick(ci=0.125, micro=0.75, full=1.0)
-    return Pace(4e6 * scale, 8e-3 * scale, busy)
+    """Experts of 8 MB and mixtures of 16 ms: a read takes 2.5, 1 and 0.5 of a mixture's time at the three rates."""
+    scale = budget.pick(ci=0.0625, micro=0.375, full=1.0)
+    return Pace(8e6 * scale, 16e-3 * scale, busy)
 
 
 @functools.lru_cache(maxsize=8)
@@ -192,10 +192,10 @@ STUDY = Study(
     title="Gates one block early: what it costs in loss, what it hides of the reads",
     setting=(
         "Quality: OLMoE-shaped mixture of 6 layers, width 64, 8 experts of 64, top-1 weighed by its probability, "
-        "pretrained on the standard library's source for 350 steps of 768 tokens, tuned on its documentation for 120; "
+        "pretrained on the standard library's source for 300 steps of 768 tokens, tuned on its documentation for 100; "
         "the paper tunes Switch-Base and -Large for 2,048 steps of 65,536 tokens. System: these models in float32, "
-        "decoded token by token, batch 1, by the engine with its numpy kernels; an expert is read as if it had 4 MB, "
-        "by one reader at 0.2, 0.5 or 1 GB/s, and a mixture takes 8 ms, so reading is 2.5, 1 and 0.5 of computing. "
+        "decoded token by token, batch 1, by the engine with its numpy kernels; an expert is read as if it had 8 MB, "
+        "by one reader at 0.2, 0.5 or 1 GB/s, and a mixture takes 16 ms, so reading is 2.5, 1 and 0.5 of computing. "
         "Both pass asleep and do not compete, but in the busy measurements. There is room for 2 experts, 3 where twice "
         "as many are speculated on, and two layers where a whole one is read. The paper has an A100 behind PCIe."
     ),
@@ -326,7 +326,11 @@ STUDY = Study(
         Arm(name="on_demand", text="conventional model, experts read when its gates have spoken", role="control"),
         Arm(name="speculative", text="conventional model, next gate on this input, read ahead", role="control"),
         Arm(name="speculative_2", text="the same, twice as many, a third slot", role="control"),
-        Arm(name="prefetch_all", text="conventional model, the whole next layer, two layers of slots", role="control"),
+        Arm(
+            name="prefetch_all",
+            text="conventional model, the whole next layer behind what is needed now, two layers of slots",
+            role="control",
+        ),
         Arm(name="pre_gated", text="pre-gated model, the decided experts of the next block"),
         Arm(name="resident", text="all experts in memory", role="reference"),
     ),
