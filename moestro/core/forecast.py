@@ -59,7 +59,6 @@ class Forecast(Protocol):
 
         ``ids`` must not be changed. ``peek`` works until this call returns, for any later layer that has experts.
         """
-        raise NotImplementedError
 
     def forget(self, sequence: int) -> None:
         """A sequence is over; its id may come again for another."""
