@@ -59,7 +59,6 @@ class Forecast(Protocol):
 
         ``ids`` must not be changed. ``peek`` works until this call returns, for any later layer that has experts.
         """
-        raise NotImplementedError
 
     def settled(self, layer: int, ids: Ints) -> list[Wish]:
         """The experts int32 [R, k] of a later layer are decided already, as pre-gated models do; before ``routed`` of
