@@ -70,6 +70,7 @@ class NativeForward:
 
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
+        asked: positions of the rows that an override is asked for, while it is.
         on_route: called with (layer, ids [R, k], weights [R, k]) of what was followed.
     """
 
@@ -108,6 +109,7 @@ class NativeForward:
         self.steps.begin(
             _ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables))
         )
+        self._positions = _ints(batch.positions)
         overridden = batch.routes is not None and bool(np.any(batch.routes))
         if self.store is None and not overridden:
             self.steps.run(0, self.layers)
@@ -152,6 +154,7 @@ class NativeForward:
         for number in np.unique(routes):
             rows = np.nonzero(routes == number)[0]
             override = self.overrides[int(number)]
+            self.asked = self._positions[rows]
             own = (ids[rows], weights[rows])
             parts.append((rows, *(own if override is None else override(layer, scores[rows], *own))))
         width = max(part[1].shape[1] for part in parts)

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from moestro.core.errors import LoadError
-from moestro.engine.dialect import VECTOR, AttentionSpec, LayerSpec, ModelSpec, RouterSpec, Shape
+from moestro.engine import pack_ternary
+from moestro.engine.dialect import TERNARY_WORDS, VECTOR, AttentionSpec, LayerSpec, ModelSpec, RouterSpec, Shape
 from moestro.engine.layout import OF_BITS
 from moestro.engine.pack_bank import BankReader, bank_at
+from moestro.engine.ternary import WORDS
 
 
 if TYPE_CHECKING:
@@ -166,12 +170,28 @@ class _Native:
             tied=tied,
             layers=tuple(layers),
             eos=_eos(model),
+            ternary=self.words(),
             **settings,
         )
         for name, shape in made.tensors().items():
             if self.tensors[name].shape != shape:
                 raise NotNative(f"{name} has the shape {list(self.tensors[name].shape)}, not {list(shape)}")
         return Contents(made, self.tensors, self.banks)
+
+    def words(self) -> int:
+        """Zeros in a thousand of the one table of ternary words, which becomes a resident tensor; 0 without any."""
+        import torch
+
+        shares = [share for bank in self.banks.values() for share in bank.shares_of_zeros()]
+        if not shares:
+            return 0
+        zeros = pack_ternary.nearest_zeros(sum(shares) / len(shares) / 1000)
+        for bank in self.banks.values():
+            bank.zeros = zeros
+        self.tensors[TERNARY_WORDS] = Entry(
+            (WORDS,), "raw:I64", lambda: torch.from_numpy(pack_ternary.book(zeros).table.view(np.int64))
+        )
+        return zeros
 
     def settings(self, stack: Any) -> dict[str, Any]:
         """Numbers of the whole model, from its config and its rotary embedding."""
@@ -262,7 +282,7 @@ class _Native:
         if not isinstance(module, MoELayer):
             width, form = self.dense(f"{name}.shared", path, module)
             return LayerSpec(shared=width, **form)
-        bank = bank_at(self.folder, path, module, self.bits)
+        bank = bank_at(self.folder, path, module, self.bits, coded=True)
         if bank is None or bank.bias:
             raise NotNative(f"the experts of {path} are no plain feed-forwards without bias")
         self.banks[index] = bank

@@ -98,7 +98,7 @@ class ExpertStore:
         keys = self._keys(layer, ids)
         with self._change:
             self._step(layer, keys)
-            parts = list(waves(self.cache, keys, self.packed.experts[layer].stride))
+            parts = list(waves(self.cache, keys, lambda key: self.packed.slab(*key)[1]))
         for part in parts:
             with self._change:
                 lease = self._lease(part)
@@ -208,7 +208,7 @@ class ExpertStore:
             StoreError: they never can.
         """
         mine = set(keys)
-        needed = sum(self.packed.experts[layer].stride for layer, _ in keys)
+        needed = sum(self.packed.slab(*key)[1] for key in keys)
         if needed > self.cache.budget:
             raise StoreError(
                 f"{self.packed.path}: {len(keys)} experts take {needed:,} bytes, the budget is {self.cache.budget:,}; "
@@ -233,7 +233,7 @@ class ExpertStore:
 
     def _begin(self, key: Key, *, ahead: bool) -> Entry:
         """Take a slot; the caller has made sure that there is room. The read itself holds the key."""
-        size = self.packed.experts[key[0]].stride
+        size = self.packed.slab(*key)[1]
         gone = self.cache.make_room(size)
         assert gone is not None
         for old in gone:
@@ -297,7 +297,7 @@ class ExpertStore:
 
     def _room_ahead(self, key: Key) -> bool:
         """Whether there is room beside all that is held."""
-        return self.cache.held_bytes() + self.packed.experts[key[0]].stride <= self.cache.budget
+        return self.cache.held_bytes() + self.packed.slab(*key)[1] <= self.cache.budget
 
     def _finish(self, entry: Entry, error: StoreError | None) -> None:
         now = self._progress = time.monotonic()

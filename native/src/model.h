@@ -14,14 +14,27 @@ namespace moestro {
 struct Matrix {
   int layout = F32, n = 0, k = 0;
   uintptr_t at = 0;
+  size_t size = 0;      // T1: bytes, and the table of its words; the matrix begins with the uint32 offsets of its row
+  uintptr_t words = 0;  // blocks and of its end
   bool given() const { return n > 0; }
   int blocks() const { return (n + kLanes - 1) / kLanes; }
   int groups() const { return (k + kGroup - 1) / kGroup; }
   size_t block_row() const {  // bytes of one row block
     return is_quantised(layout) ? groups() * block_bytes(layout) : (size_t)k * 16 * (layout == F32 ? 4 : 2);
   }
-  size_t bytes() const { return blocks() * block_row(); }
+  size_t bytes() const { return layout == T1 ? size : blocks() * block_row(); }
   const uint8_t* data() const { return reinterpret_cast<const uint8_t*>(at); }
+  // Row block b, 16 columns of y, for layouts of integers.
+  void multiply(const Kernels& k, int b, const QRows& x, const int32_t* index, int rows, float* y, size_t ldy,
+                uint8_t* panel) const {
+    if (layout != T1) return k.block(layout, data() + b * block_row(), x, index, rows, y, ldy, panel);
+    const uint32_t* starts = reinterpret_cast<const uint32_t*>(at);
+    size_t from = starts[b], to = starts[b + 1];
+    if (to > size || from > to || to - from < 96) from = to = 0;
+    static const uint8_t damaged[98] = {0};
+    if (to) k.coded(data() + from, data() + to, reinterpret_cast<const uint64_t*>(words), x, index, rows, y, ldy, panel);
+    else k.coded(damaged, damaged, nullptr, x, index, rows, y, ldy, panel);
+  }
 };
 
 struct Ffn {
@@ -46,6 +59,9 @@ struct LayerSpec {
   float route_scale = 1;
   int experts = 0;
   Ffn expert;  // addresses are offsets into a slab
+  std::vector<Ffn> kinds;  // the same where slabs differ: expert e is as kinds[kind_of[e]] says
+  std::vector<int> kind_of;
+  const Ffn& of(int e) const { return kinds.empty() ? expert : kinds[kind_of[e]]; }
   Ffn shared;  // shared experts, or the whole dense block
   Matrix shared_gate;  // [1, hidden]: the shared branch weighs sigmoid(x . gate)
   std::vector<uintptr_t> slabs;  // address of each expert when all are resident

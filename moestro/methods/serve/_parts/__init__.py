@@ -1,0 +1,1 @@
+"""What methods of the stage need besides what stands in their own files."""
