@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
         chunk: int = typer.Option(256, "--chunk", min=1, help="Rows of a step at most."),
         policy: str = typer.Option("serve.lru", "--policy", help="Which expert of a packed model leaves memory."),
+        forecast: str | None = typer.Option(None, "--forecast", help="What says which experts to read ahead of need."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),
     ) -> None:
         """Serve a model: /v1/completions, /v1/chat/completions, /v1/models, /metrics, /health, and a web page at /.
@@ -55,8 +56,11 @@ def register(app: typer.Typer) -> None:
         if policy not in infos() or infos()[policy].acts != "CachePolicy":
             known = ", ".join(name for name, info in infos().items() if info.acts == "CachePolicy")
             raise ConfigError(f"--policy {policy} is none of {known}")
+        if forecast is not None and (forecast not in infos() or "forecast" not in infos()[forecast].entries):
+            known = ", ".join(name for name, info in infos().items() if "forecast" in info.entries)
+            raise ConfigError(f"--forecast {forecast} is none of {known}")
         limits = Limits(running=running, chunk=chunk, waiting=queue, waiting_tokens=queue_tokens)
-        opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy)
+        opened = open_forward(model, parse_size(memory, "--memory"), context=context, policy=policy, forecast=forecast)
         _listen(Engine(opened, limits, share=prefix_cache), key, host, port)
 
 

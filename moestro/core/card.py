@@ -21,6 +21,7 @@ ENTRIES: Final[dict[str, str]] = {
     "build": "module",
     "plan": "planner",
     "policy": "policy",
+    "forecast": "forecast",
     "measure": "meter",
     "objective": "objective",
 }

@@ -73,6 +73,7 @@ class ExpertCache:
         self.resident: dict[Key, int] = {}
         self._held: dict[Key, int] = {}
         self._passing: dict[Key, None] = {}
+        self._spared: dict[int, frozenset[Key]] = {}
 
     def step(self, keys: Iterable[Key]) -> None:
         """The next step needs these keys."""
@@ -100,23 +101,45 @@ class ExpertCache:
         """Bytes in the cache that may not be evicted, but for some keys."""
         return sum(self.resident.get(key, 0) for key in self._held if key not in without)
 
-    def make_room(self, nbytes: int) -> list[Key] | None:
+    def spare(self, group: int, keys: Collection[Key]) -> None:
+        """Keys of a group that are wished for: they go after all others. Replaces what the group spared before."""
+        if keys:
+            self._spared[group] = frozenset(keys)
+        else:
+            self._spared.pop(group, None)
+
+    def room(self, *, ahead: bool = False) -> int:
+        """Bytes that are free or can be made so; ``ahead`` of need, what is spared stays."""
+        found = self.budget - self.held_bytes()
+        if ahead:
+            found -= sum(self.resident.get(key, 0) for key in self._wished() if key not in self._held)
+        return found
+
+    def _wished(self) -> frozenset[Key]:
+        return frozenset().union(*self._spared.values())
+
+    def make_room(self, nbytes: int, *, ahead: bool = False) -> list[Key] | None:
         """Evict until ``nbytes`` more fit; the keys that went.
 
         Returns:
-            None where what is held leaves too little room; nothing is evicted then.
+            None where what is held, and ``ahead`` of need also what is spared, leaves too little room; nothing is
+            evicted then.
         """
         free = self.budget - self.used
         if free >= nbytes:
             return []
-        if self.budget - self.held_bytes() < nbytes:
+        if self.room(ahead=ahead) < nbytes:
             return None
         loose = [key for key in self.resident if key not in self._held]
+        spared = self._wished()
+        idle = [key for key in loose if key not in spared] if spared else loose
         gone: list[Key] = []
         while free < nbytes:
-            passing = next((key for key in self._passing if key not in self._held), None)
-            key = self.policy.victim(loose) if passing is None else passing
-            loose.remove(key)
+            if not idle:
+                idle = [key for key in loose if key in self.resident]
+            passing = next((key for key in self._passing if key in idle), None)
+            key = self.policy.victim(idle) if passing is None else passing
+            idle.remove(key)
             free += self.resident[key]
             self._remove(key)
             gone.append(key)

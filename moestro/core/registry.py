@@ -46,7 +46,7 @@ class MethodInfo:
 
     @property
     def shape(self) -> str:
-        """module, planner, policy, meter or objective: from the first entry the file defines."""
+        """module, planner, policy, forecast, meter or objective: from the first entry the file defines."""
         return ENTRIES[self.entries[0]]
 
 
@@ -74,7 +74,7 @@ class Method:
         return self.config_type.parse(values or {}, where=self.id)
 
     def entry(self, name: str) -> Callable[..., Any]:
-        """The entry function ``build``, ``plan``, ``policy``, ``measure`` or ``objective``.
+        """The entry function ``build``, ``plan``, ``policy``, ``forecast``, ``measure`` or ``objective``.
 
         Raises:
             RegistryError: the method does not have it.

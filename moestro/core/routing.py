@@ -194,7 +194,7 @@ class Routing:
         weight_TK = self.weight_TK.masked_fill(drop_TK, 0)
         first_TK = torch.sort(drop_TK.to(torch.uint8), dim=1, stable=True).indices
         count_T = (~drop_TK).sum(1)
-        for count in count_T[count_T < drop_TK.shape[1]].unique().tolist():
+        for count in sorted(set(count_T.tolist()) - {drop_TK.shape[1]}):
             rows = (count_T == count).nonzero()
             kept = first_TK[rows[:, 0], :count]
             weight_TK[rows, kept] = weigh(gate_TK[rows, kept]).to(weight_TK.dtype)

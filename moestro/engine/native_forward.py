@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from moestro.core.errors import ConfigError
+from moestro.core.forecast import Forecast, Wish
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Addresses, Description, Floats, Ints, Kernels
+from moestro.engine.kernels.twin import ranked
 
 
 # (layer, scores [r, E], ids [r, k], weights [r, k]) of some rows -> other ids and weights [r, any]; -1: no expert.
@@ -59,14 +61,18 @@ class Slabs(Protocol):
 
     def waves(self, layer: int, ids: Ints) -> Iterable[Lease]: ...
 
+    def ahead(self, wishes: Iterable[Wish]) -> int: ...
+
+    def cancel(self) -> int: ...
+
 
 class NativeForward:
     """Forward over a description, with paged keys and values of its own.
 
     Args:
         pages: pages of 16 positions in the cache. store: where experts come from. slabs: layer -> addresses of all
-            experts, where all are resident; exactly one of the two for a model with experts. threads: None takes the
-            processors this process may use.
+            experts, where all are resident; exactly one of the two for a model with experts. forecast: what is asked
+            of the store ahead of need. threads: None takes the processors this process may use.
 
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
@@ -83,6 +89,7 @@ class NativeForward:
         pages: int,
         store: Slabs | None = None,
         slabs: dict[int, Addresses] | None = None,
+        forecast: Forecast | None = None,
         kernels: Kernels | None = None,
         threads: int | None = None,
     ) -> None:
@@ -97,6 +104,9 @@ class NativeForward:
         self.page_bytes = self.steps.page_bytes
         self.store = store
         self.slabs = slabs or {}
+        self.forecast = None if store is None else forecast
+        if self.forecast is not None:
+            self.forecast.meet(self.experts)
         self.overrides: list[Override | None] = [None]
         self.on_route: OnRoute | None = None
 
@@ -106,10 +116,12 @@ class NativeForward:
         Raises:
             ValueError: ids out of range. RuntimeError: a NaN or an infinity; the message names the place.
         """
-        self.steps.begin(
-            _ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables))
-        )
-        self._positions = _ints(batch.positions)
+        tokens, positions, rows_of = _ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of)
+        self._positions = positions
+        self.steps.begin(tokens, positions, rows_of, np.atleast_2d(_ints(batch.tables)))
+        if self.forecast is not None and self.store is not None:
+            self.store.cancel()  # what a step that failed has left
+            self.store.ahead(self.forecast.begin(tokens, positions, _ints(batch.sequences)[rows_of]))
         overridden = batch.routes is not None and bool(np.any(batch.routes))
         if self.store is None and not overridden:
             self.steps.run(0, self.layers)
@@ -137,8 +149,12 @@ class NativeForward:
         if self.store is None:
             self.steps.experts(layer, needed, self.slabs[layer][needed])
             return
+        foreseen = False
         for lease in self.store.waves(layer, needed):
             try:
+                if not foreseen:  # not before what is needed now is held, and begins to be read
+                    self._foresee(layer, ids)
+                    foreseen = True
                 for index in lease.ready():
                     part = index[np.argsort(lease.ids[index])]
                     self.steps.experts(
@@ -146,6 +162,18 @@ class NativeForward:
                     )
             finally:
                 lease.release()
+
+    def _foresee(self, layer: int, ids: Ints) -> None:
+        """Ask for what later layers will probably need."""
+        if self.forecast is not None and self.store is not None:
+            shown = ids.view()
+            shown.flags.writeable = False
+            self.store.ahead(self.forecast.routed(layer, shown, lambda later: self._peek(layer, later)))
+
+    def _peek(self, layer: int, later: int) -> Floats:
+        """See ``moestro.core.forecast.Peek``."""
+        logits, router = self.steps.peek(layer, later), self.description.layers[later].router
+        return logits if router is None else ranked(router, logits)
 
     def _overridden(self, layer: int, routes: Ints, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
         """Rows grouped by override, each asked once; narrower answers are padded with -1."""
@@ -165,7 +193,9 @@ class NativeForward:
         return all_ids, all_weights
 
     def forget(self, sequence: int) -> None:
-        """Nothing is kept per sequence but its pages, which their owner hands out."""
+        """A sequence is over. Its pages are the affair of whoever hands them out."""
+        if self.forecast is not None:
+            self.forecast.forget(sequence)
 
     def copy_page(self, src: int, dst: int) -> None:
         """Keys and values of one page, all layers."""

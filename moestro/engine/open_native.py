@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
+from moestro.core.expert_cache import CachePolicy
+from moestro.core.forecast import Forecast
 from moestro.core.registry import method
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import LANES, Addresses
@@ -27,7 +29,8 @@ class Native:
     Args:
         path: the packed folder. memory: bytes the whole process may take, this interpreter included.
         context: positions of keys and values over all requests; None: ``POSITIONS``, or the model's own. policy: method
-            id of who leaves when experts do not all fit. threads: None takes the processors this process may use.
+            id of who leaves when experts do not all fit. forecast: method id of what says which experts to read ahead;
+            where it names the policy too, one object is both. threads: None takes the processors this process may use.
 
     Attributes:
         forward: the forward. store: None where all experts are in memory. context: positions the model was made for.
@@ -44,6 +47,7 @@ class Native:
         *,
         context: int | None = None,
         policy: str = "serve.lru",
+        forecast: str | None = None,
         threads: int | None = None,
     ) -> None:
         packed = Packed.open(path)
@@ -72,12 +76,15 @@ class Native:
         self.store: ExpertStore | None = None
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
+        foresees: Forecast | None = None
         if experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
-            use = method(policy)
-            self.store = ExpertStore(packed, self.budget, use.entry("policy")(use.configure({})))
-        self.forward = NativeForward(description, pages=pages, store=self.store, slabs=slabs, threads=threads)
+            leaves, foresees = acting(policy, forecast)
+            self.store = ExpertStore(packed, self.budget, leaves)
+        self.forward = NativeForward(
+            description, pages=pages, store=self.store, slabs=slabs, forecast=foresees, threads=threads
+        )
 
     def counters(self) -> dict[str, float]:
         """Counts of the store since it was opened; none where all experts are in memory."""
@@ -101,6 +108,23 @@ class Native:
         for slot in self._kept:
             slot.free()
         self._kept = []
+
+
+def acting(policy: str, forecast: str | None = None) -> tuple[CachePolicy, Forecast | None]:
+    """A policy and a forecast by method id; one object where both name the same method.
+
+    Raises:
+        RegistryError: no such method, or it is not of that kind.
+    """
+    foresees: Forecast | None = None
+    if forecast is not None:
+        use = method(forecast)
+        foresees = use.entry("forecast")(use.configure({}))
+        both = getattr(foresees, "policy", None)
+        if policy == forecast and both is not None:
+            return both, foresees
+    use = method(policy)
+    return use.entry("policy")(use.configure({})), foresees
 
 
 def _resident_set() -> int:

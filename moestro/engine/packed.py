@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moestro.core.errors import ConfigError, LoadError
+from moestro.core.expert_cache import Key
 from moestro.engine.dialect import TERNARY_WORDS, ModelSpec
 from moestro.engine.layout import Bytes, aligned
 from moestro.engine.packed_index import (
@@ -95,6 +96,23 @@ class Packed:
         if not 0 <= expert < there.num:
             raise IndexError(f"layer {layer} has no expert {expert}; it has 0 to {there.num - 1}")
         return there.place(expert)
+
+    def keys(self, layer: int, ids: Iterable[int]) -> list[Key]:
+        """(layer, expert) of experts.
+
+        Raises:
+            ConfigError: there is no such layer or expert, or one comes twice.
+        """
+        there = self.experts.get(layer)
+        if there is None:
+            raise ConfigError(f"layer {layer} has no experts; layers {sorted(self.experts)} have")
+        keys = [(layer, int(expert)) for expert in ids]
+        odd = next((key for key in keys if not 0 <= key[1] < there.num), None)
+        if odd is not None or len(set(keys)) != len(keys):
+            named = [expert for _, expert in keys]
+            what = f"no expert {odd[1]}, it has 0 to {there.num - 1}" if odd else f"ids {named} name one twice"
+            raise ConfigError(f"layer {layer}: {what}")
+        return keys
 
     def resident(self, names: Iterable[str] | None = None) -> dict[str, Bytes]:
         """Bytes of tensors (None: all) in memory of their own, each at an address that is a multiple of 4096.

@@ -4,28 +4,23 @@
         for part in lease.ready():                     # residents first, then whatever has arrived
             run(lease.ids[part], lease.pointers[part])
 
-What a lease holds stays where it is until it is released. ``prefetch`` reads ahead: it may evict what nobody holds,
-waits behind every demand, and is dropped when its layer has come and gone.
+What a lease holds stays where it is until it is released. ``prefetch`` and ``ahead`` read ahead: they may evict what
+nobody holds or wishes for, wait behind every demand, and are dropped when their layer has come and gone.
 """
 
-import heapq
-import itertools
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final
 
 import numpy as np
 
 from moestro.core.errors import ConfigError, StoreError
 from moestro.core.expert_cache import CachePolicy, ExpertCache, Key, waves
+from moestro.core.expert_reads import Reads
+from moestro.core.forecast import Wish
 from moestro.engine.lease import PATIENCE_S, Counters, Entry, Ints, Lease
 from moestro.engine.packed import EXPERTS, Packed
 from moestro.engine.slabs import Read, SlabFile, Slots
-
-
-DEMAND: Final = 0
-"""Priority of what is needed now."""
 
 
 class ExpertStore:
@@ -66,9 +61,7 @@ class ExpertStore:
         self._file = SlabFile(packed.path / EXPERTS, packed.files[EXPERTS][0], read)
         self._slots = Slots()
         self._entries: dict[Key, Entry] = {}
-        self._ahead: dict[Key, int] = {}  # asked for ahead, not begun: key -> number of the request
-        self._queue: list[tuple[int, int, Any]] = []
-        self._numbers = itertools.count()
+        self._reads = Reads()
         self._change = threading.Condition()
         self._running: list[Entry] = []
         self._since, self._progress = 0.0, time.monotonic()
@@ -85,7 +78,7 @@ class ExpertStore:
         Raises:
             StoreError: they do not fit the budget together (use ``waves``), or room did not come in time.
         """
-        keys = self._keys(layer, ids)
+        keys = self.packed.keys(layer, ids)
         with self._change:
             self._step(layer, keys)
             return self._lease(keys)
@@ -95,7 +88,7 @@ class ExpertStore:
 
         A lease is released when the next one is asked for.
         """
-        keys = self._keys(layer, ids)
+        keys = self.packed.keys(layer, ids)
         with self._change:
             self._step(layer, keys)
             parts = list(waves(self.cache, keys, lambda key: self.packed.slab(*key)[1]))
@@ -111,27 +104,37 @@ class ExpertStore:
         Returns:
             How many were neither there nor asked for.
         """
-        asked = 0
         with self._change:
             self._check_open()
-            for key in self._keys(layer, ids):
-                if key not in self._entries and key not in self._ahead:
-                    number = next(self._numbers)
-                    self._ahead[key] = number
-                    heapq.heappush(self._queue, (max(priority, 1), number, key))
-                    asked += 1
-            if asked:
-                self._change.notify_all()
-        return asked
+            return self._wish(self.packed.keys(layer, ids), priority)
+
+    def ahead(self, wishes: Iterable[Wish]) -> int:
+        """Ask for what a forecast wishes. Of each layer it names, earlier wishes that it does not repeat are dropped.
+
+        What is wished for and in memory stays until its layer has run, as long as others can go.
+
+        Returns:
+            How many slabs were neither there nor asked for.
+        """
+        parts = [(wish, self.packed.keys(wish.layer, wish.experts)) for wish in wishes]
+        if not parts:
+            return 0
+        by_layer: dict[int, set[Key]] = {}
+        for wish, keys in parts:
+            by_layer.setdefault(wish.layer, set()).update(keys)
+        with self._change:
+            self._check_open()
+            for layer, new in by_layer.items():
+                self._unwish(key for key in self._reads.of(layer) if key not in new)
+                self.cache.spare(layer, new)
+            return sum(self._wish(keys, wish.priority) for wish, keys in parts)
 
     def cancel(self, layer: int | None = None) -> int:
         """Forget what was asked for ahead (of one layer) and not begun; how many."""
         with self._change:
-            stale = [key for key in self._ahead if layer in (None, key[0])]
-            for key in stale:
-                del self._ahead[key]
-            self.counters.cancelled += len(stale)
-        return len(stale)
+            for other in [layer] if layer is not None else list(self.packed.experts):
+                self.cache.spare(other, ())
+            return self._unwish(self._reads.of(layer))
 
     def close(self) -> None:
         """Stop the threads and give all memory back. Leases become invalid."""
@@ -155,17 +158,6 @@ class ExpertStore:
 
     # -- under the lock --------------------------------------------------------------------------------------------
 
-    def _keys(self, layer: int, ids: Sequence[int] | Ints) -> list[Key]:
-        there = self.packed.experts.get(layer)
-        if there is None:
-            raise ConfigError(f"layer {layer} has no experts; layers {sorted(self.packed.experts)} have")
-        keys = [(layer, int(expert)) for expert in ids]
-        odd = next((key for key in keys if not 0 <= key[1] < there.num), None)
-        if odd is not None or len(set(keys)) != len(keys):
-            what = f"no expert {odd[1]}, it has 0 to {there.num - 1}" if odd else f"ids {list(ids)} name one twice"
-            raise ConfigError(f"layer {layer}: {what}")
-        return keys
-
     def _check_open(self) -> None:
         if self._closed:
             raise StoreError(f"{self.packed.path}: the store is closed")
@@ -173,10 +165,23 @@ class ExpertStore:
     def _step(self, layer: int, keys: list[Key]) -> None:
         self._check_open()
         self.cache.step(keys)
+        self.cache.spare(layer, ())
         needed = set(keys)
-        for key in [key for key in self._ahead if key[0] == layer]:
-            del self._ahead[key]
-            self.counters.cancelled += key not in needed
+        wished = self._reads.of(layer)
+        self._reads.drop(key for key in wished if key in needed)
+        self._unwish(key for key in wished if key not in needed)
+
+    def _wish(self, keys: list[Key], priority: int) -> int:
+        asked = sum(self._reads.wish(key, priority) for key in keys if key not in self._entries)
+        if asked:
+            self._change.notify_all()
+        return asked
+
+    def _unwish(self, keys: Iterable[Key]) -> int:
+        stale = list(keys)
+        self._reads.drop(stale)
+        self.counters.cancelled += len(stale)
+        return len(stale)
 
     def _lease(self, keys: list[Key]) -> Lease:
         """Hold all keys or none; reads of those that are away are begun."""
@@ -222,7 +227,7 @@ class ExpertStore:
         if entry is None:
             self.counters.misses += 1
             entry = self._begin(key, ahead=False)
-            heapq.heappush(self._queue, (DEMAND, next(self._numbers), entry))
+            self._reads.demand(entry)
         elif entry.ready:
             self.counters.hits += 1
         else:
@@ -234,7 +239,7 @@ class ExpertStore:
     def _begin(self, key: Key, *, ahead: bool) -> Entry:
         """Take a slot; the caller has made sure that there is room. The read itself holds the key."""
         size = self.packed.slab(*key)[1]
-        gone = self.cache.make_room(size)
+        gone = self.cache.make_room(size, ahead=ahead)
         assert gone is not None
         for old in gone:
             self._drop(self._entries.pop(old))
@@ -283,21 +288,17 @@ class ExpertStore:
         while True:
             if self._closed or self._alive > self.readers + self._spare:
                 return None
-            while self._queue:
-                _, number, work = heapq.heappop(self._queue)
-                if isinstance(work, Entry):
-                    if work.error is None:
-                        return work
-                elif self._ahead.get(work) == number:
-                    del self._ahead[work]
-                    if work not in self._entries and self._room_ahead(work):
-                        return self._begin(work, ahead=True)
+            while (found := self._reads.pop()) is not None:
+                needed, work = found
+                if needed:
+                    entry: Entry = work
+                    if entry.error is None:
+                        return entry
+                elif work not in self._entries and self.cache.room(ahead=True) >= self.packed.slab(*work)[1]:
+                    return self._begin(work, ahead=True)
+                else:
                     self.counters.cancelled += 1
             self._change.wait()
-
-    def _room_ahead(self, key: Key) -> bool:
-        """Whether there is room beside all that is held."""
-        return self.cache.held_bytes() + self.packed.slab(*key)[1] <= self.cache.budget
 
     def _finish(self, entry: Entry, error: StoreError | None) -> None:
         now = self._progress = time.monotonic()

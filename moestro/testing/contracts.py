@@ -31,6 +31,7 @@ _HOMES = {
     "objective": "moestro.testing.objective_contract",
     "policy": "moestro.testing.policy_contract",
     "decoder": "moestro.testing.decoder_contract",
+    "forecast": "moestro.testing.forecast_contract",
 }
 
 

@@ -24,8 +24,38 @@ void Model::attention(int layer) {
   chosen_[layer].assign((size_t)rows * (l.experts ? l.top_k : 0), 0);
   weighed_[layer].assign(chosen_[layer].size(), 0.0f);
   shared_weight_.assign(rows, 1.0f);
+  normed_of_ = -1;
   parallel([&](int thread) { attention_body(layer, thread); });
   raise_if_bad("attention", layer);
+  normed_of_ = layer;
+}
+
+void Model::peek(int layer, int other, float* out) {
+  if (layer != normed_of_) throw std::invalid_argument("peek: the attention of another layer ran last");
+  if (other < 0 || other >= (int)spec_.layers.size() || !spec_.layers[other].experts)
+    throw std::invalid_argument("peek: no layer with experts");
+  const LayerSpec& l = spec_.layers[other];
+  const Matrix& m = l.router;
+  const size_t ld = (size_t)m.blocks() * 16;
+  float* all = b_peek.get<float>(step_.rows * ld);
+  parallel([&](int thread) {
+    int from, to;
+    if (many()) {
+      split(step_.rows, thread, pool_.threads(), &from, &to);
+      if (from < to)
+        k_->block_float(m.layout, m.data(), m.k, normed_ + (size_t)from * ld_, ld_, nullptr, to - from, m.blocks(),
+                        all + from * ld, ld);
+    } else {
+      split(m.blocks(), thread, pool_.threads(), &from, &to);
+      if (from < to)
+        k_->block_float(m.layout, m.data() + from * m.block_row(), m.k, normed_, ld_, nullptr, step_.rows, to - from,
+                        all + from * 16, ld);
+    }
+  });
+  for (int r = 0; r < step_.rows; ++r) {
+    if (l.router_bias) k_->add(all + r * ld, floats(l.router_bias), l.experts, 1.0f);
+    std::memcpy(out + (size_t)r * l.experts, all + r * ld, l.experts * sizeof(float));
+  }
 }
 
 void Model::attention_body(int layer, int thread) {

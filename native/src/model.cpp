@@ -116,6 +116,7 @@ void Model::begin(const int32_t* tokens, const int32_t* positions, const int32_t
     ++count[rows_of[r]];
   }
   step_.rows = rows;
+  normed_of_ = -1;
   step_.tokens.assign(tokens, tokens + rows);
   step_.positions.assign(positions, positions + rows);
   step_.rows_of.assign(rows_of, rows_of + rows);
@@ -226,6 +227,7 @@ void Model::logits(const int32_t* want, int count, float* out) {
   if (count < 1) return;
   for (int i = 0; i < count; ++i)
     if (want[i] < 0 || want[i] >= step_.rows) throw std::invalid_argument("want: no such row");
+  normed_of_ = -1;
   const Matrix& head = spec_.head;
   const size_t ld = (size_t)head.blocks() * 16;
   float* all = b_logits.get<float>((size_t)count * ld);

@@ -117,6 +117,8 @@ class Model {
   void finish(int layer);
   void run(int from, int to);  // layers whose slabs are all resident
   void logits(const int32_t* want, int count, float* out);
+  // Router logits [rows, experts] of layer `other` for the input of the experts of `layer`, whose attention ran last.
+  void peek(int layer, int other, float* out);
   void copy_page(int from, int to);
   void read_hidden(float* out) const;
 
@@ -179,12 +181,12 @@ class Model {
   float* turn_ = nullptr;    // cos and sin [rope][rows][rotary]
   float* projected_ = nullptr;  // [rows, ld]
   QRows in_, mid_, flat_;
-  Buffer b_x, b_normed, b_mixed, b_scores, b_qkv, b_heads, b_turn, b_projected, b_logits, b_hidden, b_hidden_floats;
+  Buffer b_x, b_normed, b_mixed, b_scores, b_qkv, b_heads, b_turn, b_projected, b_logits, b_peek, b_hidden, b_hidden_floats;
   Buffer b_in[3], b_mid[3], b_flat[3];
   std::vector<std::vector<int32_t>> chosen_;
   std::vector<std::vector<float>> weighed_;
   // Routes of the layer in work, grouped by expert.
-  int layer_ = -1;
+  int layer_ = -1, normed_of_ = -1;
   std::vector<int32_t> first_, row_of_, all_rows_;
   std::vector<float> weight_of_, shared_weight_;
   std::vector<int> needed_;  // ids with rows, ascending

@@ -182,6 +182,18 @@ NB_MODULE(_native, m) {
              return copied(s.scores(), s.rows(), l.experts, (size_t)l.router.blocks() * 16);
            },
            nb::arg("layer"), "router logits float32 [R, experts] of the layer whose attention ran last")
+      .def("peek",
+           [](Model& s, int layer, int other) {
+             const int experts = s.spec().layers.at(other).experts;
+             float* out;
+             auto a = array2<float>(s.rows(), experts, &out);
+             nb::gil_scoped_release release;
+             s.peek(layer, other, out);
+             return a;
+           },
+           nb::arg("layer"), nb::arg("other"),
+           "router logits float32 [R, experts] of layer `other` for what the experts of `layer` are given; before the next"
+           " layer's attention")
       .def("routes",
            [](Model& s, int layer, In2<int32_t> ids, In2<float> weights) {
              if ((int)ids.shape(0) != s.rows() || weights.shape(0) != ids.shape(0) || weights.shape(1) != ids.shape(1))

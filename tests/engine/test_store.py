@@ -283,7 +283,7 @@ def test_threads_share_a_store(packed: Packed, live: Live) -> None:
         for thread in threads:
             thread.join(timeout=120)
         assert wrong == []
-        wait(lambda: not store._running and not store._ahead)
+        wait(lambda: not store._running and not store._reads.wished)
         assert not store.cache._held
         assert store.cache.used == sum(store.cache.resident.values()) <= 7 * STRIDE
         assert store.cache.resident.keys() == store._entries.keys()

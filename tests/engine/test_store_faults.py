@@ -135,7 +135,7 @@ def test_many_faults_leave_no_trace(packed: Packed, live: Live) -> None:  # noqa
                 else:
                     assert found == [layer * 1000 + expert for expert in ids]
                     served += 1
-        wait(lambda: not store._running and not store._ahead)
+        wait(lambda: not store._running and not store._reads.wished)
         assert not store.cache._held
         assert store.cache.resident.keys() == store._entries.keys()
     assert failed > 20

@@ -235,6 +235,13 @@ class Steps(Protocol):
     def scores(self, layer: int) -> Floats:
         """Router logits [R, E] of the layer whose attention ran last."""
 
+    def peek(self, layer: int, other: int) -> Floats:
+        """Router logits [R, E] of layer ``other`` for the input of the experts of ``layer``, whose attention ran last.
+
+        Raises:
+            ValueError: another layer's attention ran last, or ``other`` has no experts.
+        """
+
     def routes(self, layer: int, ids: Ints, weights: Floats) -> None:
         """The routes [R, k] to follow; a negative id is no expert."""
 

@@ -140,6 +140,10 @@ def _vector(values: Floats | None, keep: list[Any]) -> int:
     return int(array.ctypes.data)
 
 
+def _too_old(*given: Any) -> Any:
+    raise ConfigError("the installed native kernels are older than this package; run pip install ./native")
+
+
 class _Kept:
     """The native steps and the arrays whose addresses they hold."""
 
@@ -161,3 +165,4 @@ class _Kept:
         ):
             setattr(self, name, getattr(model, name))
         self.hidden = model.hidden
+        self.peek = getattr(model, "peek", _too_old)

@@ -163,11 +163,9 @@ def best(values: Floats, k: int) -> Ints:
     return np.argsort(-values, axis=-1, kind="stable")[..., :k].astype(np.int32)
 
 
-def choose(router: Router, logits: Floats) -> tuple[Ints, Floats]:
-    """Logits [R, E] -> (ids [R, k], weights [R, k])."""
-    sigmoids = router.kind == "sigmoid_bias"
-    gate = sigmoid(logits) if sigmoids else softmax(logits) if router.kind == "softmax_topk" else logits
-    rank = gate if sigmoids else logits
+def ranked(router: Router, logits: Floats) -> Floats:
+    """What the router ranks, [R, E], from its logits [R, E]; minus infinity in closed groups."""
+    rank = sigmoid(logits) if router.kind == "sigmoid_bias" else logits
     if router.select_bias is not None:
         rank = rank + router.select_bias
     if router.groups > router.top_groups:
@@ -175,8 +173,16 @@ def choose(router: Router, logits: Floats) -> tuple[Ints, Floats]:
         score = np.sort(parts, axis=-1)[..., -2:].sum(-1)
         kept = np.zeros(score.shape, dtype=bool)
         np.put_along_axis(kept, best(score, router.top_groups), True, axis=-1)
-        rank = np.where(kept[..., None], parts, -np.inf).reshape(rank.shape)
-    ids = best(rank, router.top_k)
+        rank = np.where(kept[..., None], parts, np.float32(-np.inf)).reshape(rank.shape)
+    return rank
+
+
+def choose(router: Router, logits: Floats) -> tuple[Ints, Floats]:
+    """Logits [R, E] -> (ids [R, k], weights [R, k])."""
+    gate = logits
+    if router.kind != "topk_softmax":
+        gate = sigmoid(logits) if router.kind == "sigmoid_bias" else softmax(logits)
+    ids = best(ranked(router, logits), router.top_k)
     weights = np.take_along_axis(gate, ids, axis=-1)
     if router.kind == "topk_softmax":
         weights = softmax(weights)

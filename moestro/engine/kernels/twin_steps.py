@@ -41,6 +41,7 @@ class TwinSteps:
             factor = np.float32(model.rope_factor)
             self.turns.append((np.cos(angle) * factor, np.sin(angle) * factor))
         self._chosen: dict[int, tuple[Ints, Floats]] = {}
+        self.normed_of = -1
 
     def _norm(self, x: Floats, weight: Floats, bias: Floats | None = None) -> Floats:
         eps = np.float32(self.model.norm_eps)
@@ -95,10 +96,9 @@ class TwinSteps:
         out = np.stack([self._attend(layer, row, q[row]) for row in range(len(q))])
         self.x = self.x + self._scaled(linear(attention.o, out), attention.o_bias)
         self.normed = self._norm(self.x, spec.ffn_norm, spec.ffn_norm_bias)
+        self.normed_of = layer
         if spec.router is not None:
-            self.logits_of = linear(spec.router.weight, self.normed)
-            if spec.router.bias is not None:
-                self.logits_of = self.logits_of + spec.router.bias
+            self.logits_of = self.peek(layer, layer)
             if not np.isfinite(self.logits_of).all():
                 raise RuntimeError(f"a NaN or an infinity appeared in the attention of layer {layer}")
             self._chosen[layer] = choose(spec.router, self.logits_of)
@@ -130,6 +130,14 @@ class TwinSteps:
     def scores(self, layer: int) -> Floats:
         """See ``Steps``."""
         return self.logits_of
+
+    def peek(self, layer: int, other: int) -> Floats:
+        """See ``Steps``."""
+        router = self.model.layers[other].router if 0 <= other < len(self.model.layers) else None
+        if layer != self.normed_of or router is None:
+            raise ValueError("peek: the attention of another layer ran last, or a layer without experts is asked for")
+        logits = linear(router.weight, self.normed)
+        return logits if router.bias is None else logits + router.bias
 
     def routes(self, layer: int, ids: Ints, weights: Floats) -> None:
         """See ``Steps``."""

@@ -8,6 +8,7 @@ from typing import Any, Final, Protocol
 
 from moestro.core.decoding import Decoder
 from moestro.core.expert_cache import CachePolicy
+from moestro.core.forecast import Forecast
 
 
 class Policy(Protocol):
@@ -19,6 +20,15 @@ class Policy(Protocol):
     """
 
     def __call__(self, config: Any, plan: Any = None) -> CachePolicy | Decoder: ...
+
+
+class Foresees(Protocol):
+    """`forecast(config, plan=None)`: which experts later layers will need.
+
+    Read ahead of need, they cost no waiting. A forecast may be a `Student` of recorded tokens and routes.
+    """
+
+    def __call__(self, config: Any, plan: Any = None) -> Forecast: ...
 
 
 KEEPS: Final[dict[str, dict[str, str]]] = {
@@ -38,6 +48,14 @@ KEEPS: Final[dict[str, dict[str, str]]] = {
         "equal_passes_are_the_model": "where all passes agree, the likeliest token is the model's",
         "exact_is_exact": "a decoder that calls itself exact gives the model's own row",
         "it_is_named": "answers carry the id of the method",
+    },
+    "forecast": {
+        "settings_round_trip": "settings survive JSON, and an unknown key is refused by name",
+        "wishes_can_be_read": "wishes are for later layers of the model and its experts, each once, priorities from 1",
+        "wishes_are_repeatable": "the same rows, routes and scores give the same wishes",
+        "ends_are_forgotten": "a sequence whose id was used before gets the wishes that it would have got first",
+        "outputs_are_the_model": "logits are the same bits with the forecast and without, in a store with few slots",
+        "it_is_named": "it carries the id of the method",
     },
 }
 """Entry -> invariant -> what it says."""
