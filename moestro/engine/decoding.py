@@ -60,6 +60,12 @@ def override_of(
             return thinned(route.ratios_of(layer, ids.shape[1]), router, ids, weights, early)
         return chosen(route, router, logits)
 
+    if route.kind == "ratio":  # the kernels can do it themselves
+        ranks = max((router.top_k for router in routers if router is not None), default=1)
+        taken = [route.layers is None or layer in route.layers for layer in range(len(routers))]
+        found = [route.ratios_of(layer, ranks) * np.float32(taken[layer]) for layer in range(len(routers))]
+        follow.ratios = np.ascontiguousarray(found, dtype=np.float32)  # type: ignore[attr-defined]
+        follow.first = route.first  # type: ignore[attr-defined]
     return follow
 
 

@@ -122,7 +122,7 @@ class NativeForward:
         if self.forecast is not None and self.store is not None:
             self.store.cancel()  # what a step that failed has left
             self.store.ahead(self.forecast.begin(tokens, positions, _ints(batch.sequences)[rows_of]))
-        overridden = batch.routes is not None and bool(np.any(batch.routes))
+        overridden = batch.routes is not None and bool(np.any(batch.routes)) and not self._thinned(batch.routes)
         if self.store is None and not overridden:
             self.steps.run(0, self.layers)
             if self.on_route is not None:
@@ -137,6 +137,18 @@ class NativeForward:
                 self.steps.finish(layer)
         want = _ints(batch.want)
         return self.steps.logits(want) if want.size else np.zeros((0, self.vocab), dtype=np.float32)
+
+    def _thinned(self, routes: Ints) -> bool:
+        """Leave the routes of a step to the kernels, where they only leave out experts, all by the same ratios."""
+        numbers = np.unique(routes)
+        if len(numbers[numbers > 0]) != 1 or not hasattr(self.steps, "thin"):
+            return False
+        override = self.overrides[int(numbers[-1])]
+        ratios = getattr(override, "ratios", None)
+        if ratios is None:
+            return False
+        self.steps.thin(ratios, _ints((np.asarray(routes) > 0) & (self._positions >= override.first)))
+        return True
 
     def _experts(self, layer: int, routes: Ints | None) -> None:
         ids, weights = self.steps.chosen(layer)

@@ -116,6 +116,7 @@ void Model::begin(const int32_t* tokens, const int32_t* positions, const int32_t
     ++count[rows_of[r]];
   }
   step_.rows = rows;
+  thin_rows_.clear();
   normed_of_ = -1;
   step_.tokens.assign(tokens, tokens + rows);
   step_.positions.assign(positions, positions + rows);

@@ -114,6 +114,8 @@ class Model {
   // Contributions of `count` experts (ascending ids) whose slabs are at `slabs`, for routes [rows, width].
   void routes(int layer, const int32_t* ids, const float* weights, int width);
   void experts(int layer, const int32_t* ids, const uintptr_t* slabs, int count);
+  // For this step: rows that are not 0 leave out experts by ratios [layers, ranks] of their weights to the first one's.
+  void thin(const float* ratios, int ranks, const int32_t* rows);
   void finish(int layer);
   void run(int from, int to);  // layers whose slabs are all resident
   void logits(const int32_t* want, int count, float* out);
@@ -152,6 +154,7 @@ class Model {
   void attend_unit(int layer, int thread, int first, int rows, int kv_head);
   void attend_all(int layer, int thread);
   void route_rows(int layer, int thread);
+  void thin_row(const LayerSpec& l, const float* ratios, int32_t* ids, float* weights);
   void choose_row(const LayerSpec& l, float* logits, int32_t* ids, float* weights);
   void experts_body(bool last, int thread);
   void hidden_unit(const Item& item, int thread, int from, int to);
@@ -183,6 +186,9 @@ class Model {
   QRows in_, mid_, flat_;
   Buffer b_x, b_normed, b_mixed, b_scores, b_qkv, b_heads, b_turn, b_projected, b_logits, b_peek, b_hidden, b_hidden_floats;
   Buffer b_in[3], b_mid[3], b_flat[3];
+  std::vector<float> thin_;
+  std::vector<int32_t> thin_rows_;
+  int thin_ranks_ = 0;
   std::vector<std::vector<int32_t>> chosen_;
   std::vector<std::vector<float>> weighed_;
   // Routes of the layer in work, grouped by expert.

@@ -194,6 +194,15 @@ NB_MODULE(_native, m) {
            nb::arg("layer"), nb::arg("other"),
            "router logits float32 [R, experts] of layer `other` for what the experts of `layer` are given; before the next"
            " layer's attention")
+      .def("thin",
+           [](Model& s, In2<float> ratios, In1<int32_t> rows) {
+             for (const LayerSpec& l : s.spec().layers)
+               if ((int)ratios.shape(1) < l.top_k) throw std::invalid_argument("thin: fewer ranks than experts a token");
+             if (ratios.shape(0) != s.spec().layers.size() || (int)rows.shape(0) != s.rows())
+               throw std::invalid_argument("thin: ratios must be [layers, ranks], rows [rows]");
+             s.thin(ratios.data(), (int)ratios.shape(1), rows.data());
+           },
+           nb::arg("ratios"), nb::arg("rows"), "Rows that are not 0 leave out experts in this step, after begin")
       .def("routes",
            [](Model& s, int layer, In2<int32_t> ids, In2<float> weights) {
              if ((int)ids.shape(0) != s.rows() || weights.shape(0) != ids.shape(0) || weights.shape(1) != ids.shape(1))

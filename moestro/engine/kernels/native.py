@@ -156,6 +156,7 @@ class _Kept:
             "attention",
             "chosen",
             "scores",
+            "thin",
             "routes",
             "experts",
             "finish",

@@ -143,7 +143,7 @@ def plan(inputs: "PlanInputs", config: Config) -> "ServingPlan":
     """
     from moestro.core.plan import MethodUse, ServingPlan
 
-    layers = sorted(index for index, there in inputs.shape.layers.items() if there.num_experts)
+    layers = sorted(inputs.statistics.get("experts", ()))  # packed experts too, which are no shape to others
     ratios = {}
     for layer in layers:
         histogram = inputs.statistic("experts", layer).ratios.histogram_RB.numpy()

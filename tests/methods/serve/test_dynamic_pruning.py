@@ -174,9 +174,16 @@ def test_served_natively_it_equals_the_reference_rule_and_zero_is_the_model() ->
     one.on_route = lambda layer, ids, weights: seen.append(ids)
     for threshold, first in ((0.0, 0), (0.7, 0), (2.0, 0), (2.0, 6)):
         route = Route(kind="ratio", threshold=threshold, first=first)
-        one.overrides = [None, override_of(route, routers, lambda: one.asked)]
+        override = override_of(route, routers, lambda: one.asked)
+        one.overrides = [None, lambda *given, how=override: how(*given)]  # by Python, and by the kernels themselves
+        slow = one.step(rows(tokens, routes=np.ones(20, np.int32)))
+        one.overrides = [None, override]
         seen.clear()
         got = one.step(rows(tokens, routes=np.ones(20, np.int32)))
+        assert np.allclose(got, slow, atol=1e-5)
+        mixed = one.step(rows(tokens, routes=np.arange(20, dtype=np.int32) // 10))
+        assert same_bits(mixed[:10], plain[:10])
+        del seen[2:]
         dropped = sum(int((ids < 0).sum()) for ids in seen)
         if threshold == 0:
             assert same_bits(got, plain)
