@@ -140,14 +140,13 @@ class NativeForward:
 
     def _thinned(self, routes: Ints) -> bool:
         """Leave the routes of a step to the kernels, where they only leave out experts, all by the same ratios."""
-        numbers = np.unique(routes)
-        if len(numbers[numbers > 0]) != 1 or not hasattr(self.steps, "thin"):
+        numbers = set(np.asarray(routes).tolist()) - {0}
+        if len(numbers) != 1 or not hasattr(self.steps, "thin"):
             return False
-        override = self.overrides[int(numbers[-1])]
-        ratios = getattr(override, "ratios", None)
-        if ratios is None:
+        override: Any = self.overrides[numbers.pop()]
+        if getattr(override, "ratios", None) is None:
             return False
-        self.steps.thin(ratios, _ints((np.asarray(routes) > 0) & (self._positions >= override.first)))
+        self.steps.thin(override.ratios, _ints((np.asarray(routes) > 0) & (self._positions >= override.first)))
         return True
 
     def _experts(self, layer: int, routes: Ints | None) -> None:

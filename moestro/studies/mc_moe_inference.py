@@ -121,6 +121,7 @@ ALL = (
 
 STUDY = Study(
     paper="mc-moe",
+    part="inference",
     title="Fewer bits and fewer experts in the engine",
     setting=(
         "Speed: 2 layers of width 768, 8 experts of width 2048 and 2 a token, random weights, attention and head in 4 "

@@ -2,8 +2,9 @@
 
 A float mixture is trained inside the job. All arms leave out the same share of second experts: by the ratio of the two
 weights against each layer's median, with and without sparing the tokens that later ones attend to most, at random, or
-all of them in half of the layers, those where that alone costs least on calibration data. Arms that spare tokens move
-their quantile until the shares agree on the measured rows. Losses are of held-out rows, in one pass over each.
+all of them in half of the layers, those where that alone costs least on calibration data. Arms that choose by ratio
+move their quantile from the median until the shares agree on the measured rows. Losses are of
+held-out rows, in one pass over each.
 """
 
 import functools
@@ -100,16 +101,15 @@ def measured(model: nn.Module, route: Route, budget: Budget, protect: float = 0.
 
 @functools.lru_cache(maxsize=8)
 def by_ratio(seed: int, budget: Budget, protect: float, kind: str) -> Found:
-    """The ratio rule; with protection at the quantile that leaves out as many as without."""
+    """The ratio rule at the quantile that leaves out the share ``SHARE`` of the measured rows' second experts."""
     model, counts = trained(scale(budget), seed), histograms(seed, budget)
-    wanted = by_ratio(seed, budget, 0.0, "attention").share if protect else None
-    quantile = SHARE if wanted is None else wanted / (1 - protect)
+    quantile = SHARE / (1 - protect)
     for _ in range(6):
         ratios = {layer: thresholds(histogram, quantile) for layer, histogram in counts.items()}
         found = measured(model, route_of(Config(ratios=ratios, threshold=0.0)), budget, protect, kind)
-        if wanted is None or abs(found.share - wanted) <= CLOSE:
+        if abs(found.share - SHARE) <= CLOSE:
             break
-        quantile = min(1.0, max(0.0, quantile + wanted - found.share))
+        quantile = min(1.0, max(0.0, quantile + SHARE - found.share))
     return found
 
 
@@ -163,6 +163,7 @@ ALL = (
 
 STUDY = Study(
     paper="mc-moe",
+    part="pruning",
     title="Which experts can be left out while a token runs",
     setting=(
         "A decoder of 4 layers, width 96, 8 experts of width 96 and 2 a token, trained for 500 steps of 768 tokens of "
