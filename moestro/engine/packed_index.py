@@ -92,12 +92,14 @@ class LayerSlabs:
 
 
 def object_of(value: Any, where: str) -> dict[str, Any]:
+    """The value as an object; LoadError naming the place where it is none."""
     if not isinstance(value, dict):
         raise LoadError(f"{where}: expected an object, found {value!r:.60}")
     return value
 
 
 def check_keys(value: dict[str, Any], names: set[str], where: str) -> None:
+    """Raise LoadError unless an object has exactly these keys."""
     for name in sorted(names - value.keys()):
         raise LoadError(f"{where}: has no {name}")
     for name in sorted(value.keys() - names):
@@ -105,6 +107,7 @@ def check_keys(value: dict[str, Any], names: set[str], where: str) -> None:
 
 
 def whole(value: Any, where: str, least: int = 0, of: int = 1) -> int:
+    """The value as a whole number from ``least`` to 2^50, a multiple of ``of``; else LoadError."""
     if type(value) is not int or not least <= value <= MAX_BYTES or value % of:
         what = f" and a multiple of {of}" if of > 1 else ""
         raise LoadError(f"{where}: {value!r:.60} is no whole number from {least} to 2^50{what}")
@@ -112,6 +115,11 @@ def whole(value: Any, where: str, least: int = 0, of: int = 1) -> int:
 
 
 def piece_of(value: Any, where: str, *, of: int) -> Piece:
+    """A byte range whose offset is a multiple of ``of`` bytes and whose bytes are those of its layout and shape.
+
+    Raises:
+        LoadError: it is none.
+    """
     entry = object_of(value, where)
     check_keys(entry, {"offset", "nbytes", "layout", "shape"}, where)
     shape, layout = entry["shape"], entry["layout"]
@@ -151,6 +159,11 @@ def check_apart(ranges: Iterable[tuple[int, int, str]], size: int, where: str) -
 
 
 def experts_of(value: Any, size: int, where: str) -> dict[int, LayerSlabs]:
+    """Layer -> its slabs, which lie apart in a file of ``size`` bytes.
+
+    Raises:
+        LoadError: they do not, or are no slabs.
+    """
     found: dict[int, LayerSlabs] = {}
     for key, raw in object_of(value, f"{where}: experts").items():
         here = f"{where}: experts of layer {key!r:.20}"

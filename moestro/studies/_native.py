@@ -83,7 +83,8 @@ def decoder(shape: Shape, names: Sequence[str], kernels: Kernels, pages: int = 1
         kept.append(slabs)
         addresses[index] = np.array([slab.ctypes.data for slab in slabs], np.int64)
         router = Router("softmax_topk", shape.top_k, drawn(rng, shape.experts, shape.hidden, "f32"), renormalise=True)
-        attention = Attention(*(four(shape.hidden, shape.hidden) for _ in range(4)), scale=shape.head_dim**-0.5)
+        q, k, v, o = (four(shape.hidden, shape.hidden) for _ in range(4))
+        attention = Attention(q, k, v, o, scale=shape.head_dim**-0.5)
         layers.append(
             Layer(norm(), norm(), attention, router, shape.experts, kinds[0], kinds, list(range(shape.experts)))
         )

@@ -87,7 +87,7 @@ def model_of(bits: str, seed: int, budget: Budget) -> tuple[Any, Any]:
     model = trained(size, seed)
     data = rows_of(corpus_of(size).train, size, seed + 7, limit=budget.pick(ci=4, micro=24, full=96))
     group = budget.pick(ci=8, micro=24, full=32)
-    settings = {"group_size": group, "avg_bits": 4 if bits == "four_bits" else 2.5}
+    settings: dict[str, Any] = {"group_size": group, "avg_bits": 4 if bits == "four_bits" else 2.5}
     if bits == "four_bits":
         settings |= {"allocation": "uniform", "choices": (4,)}
     if bits != "float":

@@ -92,11 +92,6 @@ class DynamicPruning:
         return row
 
 
-def policy(config: Config, plan: Any = None) -> Decoder:
-    """The decoder."""
-    return DynamicPruning(config)
-
-
 def pruning(model: Any, config: Config) -> "AbstractContextManager[PruningEdit]":
     """A context in which a Transformers model drops experts; what it gives counts them."""
     from moestro.methods.serve._parts import pruning as parts
@@ -133,6 +128,11 @@ def thresholds(histogram: npt.ArrayLike, quantile: float) -> tuple[float, ...]:
 def statistics(config: Config) -> Mapping[str, dict[str, object]]:
     """What a plan is made of."""
     return {"experts": {}}
+
+
+def policy(config: Config, plan: Any = None) -> Decoder:
+    """The decoder."""
+    return DynamicPruning(config)
 
 
 def plan(inputs: "PlanInputs", config: Config) -> "ServingPlan":
