@@ -17,7 +17,7 @@ from moestro.engine.kernels.interface import Matrix, Router
 from moestro.engine.reference import ReferenceForward
 from moestro.engine.scheduler import Scheduler
 from moestro.methods.planning import make_plan
-from moestro.methods.serve._parts.pruning import column_sums
+from moestro.methods.serve._parts.pruning import column_sums, scores
 from moestro.methods.serve._parts.pruning import pruning as parts_pruning
 from moestro.methods.serve.dynamic_pruning import Config, importance, policy, pruning, route_of, spared, thresholds
 from moestro.models.load import adopt
@@ -103,6 +103,9 @@ def test_importance_is_the_double_loop_and_differs_from_token_to_token(mixtral: 
             assert np.allclose(importance(mean[text], size), slow)
             taken = sums.taken[layer][0][text].numpy()
             assert np.allclose(taken, mean[text].sum(0), atol=1e-5)
+            given = (sums.taken[layer][0][text : text + 1], torch.ones(1, length, dtype=torch.bool))
+            ranked = scores(*given, torch.from_numpy(size)[None], "attention")[0]
+            assert np.allclose(ranked, slow, atol=1e-5)
         assert np.ptp(taken) > 0.1
 
 
