@@ -19,6 +19,9 @@ def register(app: typer.Typer) -> None:
         resident_bits: int | None = typer.Option(
             None, "--resident-bits", help="Of what every token needs (attention, embedding, head); else as --bits."
         ),
+        exact: bool = typer.Option(
+            False, "--exact", help="Refuse experts that are packed already and could not keep codes and scales."
+        ),
         verify: bool = typer.Option(False, "--verify", help="Read a packed model whole and compare its hashes."),
         overwrite: bool = typer.Option(False, "--overwrite", help="Replace what was written there before."),
         as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
@@ -40,6 +43,7 @@ def register(app: typer.Typer) -> None:
             out,
             bits=bits,
             resident_bits=resident_bits,
+            exact=exact,
             overwrite=overwrite,
             progress=None if as_json else lambda text: print(text, flush=True),
         )

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from moestro.core.errors import ConfigError
 
 
-Kind = Literal["rank", "topk", "random", "threshold"]
+Kind = Literal["rank", "topk", "random", "threshold", "ratio"]
 Floats = npt.NDArray[np.float32]
 
 
@@ -23,11 +23,14 @@ class Route:
     Attributes:
         kind: ``rank``: only the expert that comes k-th (1-based) in what the router ranks; ``topk``: the k best;
             ``random``: one expert, drawn by a hash of the row's own scores; ``threshold``: best first until their
-            probabilities sum to ``threshold``.
-        k: of rank and topk. threshold: in (0, 1].
+            probabilities sum to ``threshold``; ``ratio``: the model's own choice without those that weigh less than
+            ``threshold`` times the first.
+        k: of rank and topk. threshold: in (0, 1], of ``ratio`` 0 or more.
         weight: ``model``: the chosen weigh what the model's own rule makes of them (renormalised where it does);
             ``one``: they sum to 1.
         layers: indices of layers; None: all with experts.
+        ratios: of ``ratio``, by layer: thresholds of its ranks from the second on, the last one for all ranks behind;
+            layers that are not named have ``threshold``. first: so many positions of a text keep all their experts.
     """
 
     kind: Kind
@@ -35,18 +38,24 @@ class Route:
     threshold: float = 1.0
     weight: Literal["model", "one"] = "model"
     layers: tuple[int, ...] | None = None
+    ratios: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    first: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ConfigError(f"a route of kind {self.kind!r}; known are {', '.join(get_args(Kind))}")
         if self.k < 1:
             raise ConfigError(f"k={self.k} of a route; ranks count from 1")
-        if not 0 < self.threshold <= 1:
+        if self.kind == "ratio":
+            odd = [mu for mu in (self.threshold, *(mu for _, row in self.ratios for mu in row)) if not mu >= 0]
+            if odd or self.first < 0 or not all(row for _, row in self.ratios):
+                raise ConfigError(f"a route by ratios with thresholds {odd or self.ratios}, first={self.first}")
+        elif not 0 < self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold} of a route; it must be in (0, 1]")
 
     @classmethod
     def parse(cls, text: str, weight: Literal["model", "one"] = "model") -> "Route":
-        """``rank:2``, ``topk:3``, ``threshold:0.6`` or ``random``.
+        """``rank:2``, ``topk:3``, ``threshold:0.6``, ``ratio:0.4`` or ``random``.
 
         Raises:
             ConfigError: none of them.
@@ -55,17 +64,25 @@ class Route:
         try:
             if kind in ("rank", "topk"):
                 return cls(kind="rank" if kind == "rank" else "topk", k=int(value), weight=weight)
-            if kind == "threshold":
-                return cls(kind="threshold", threshold=float(value), weight=weight)
+            if kind in ("threshold", "ratio"):
+                return cls(kind="ratio" if kind == "ratio" else "threshold", threshold=float(value), weight=weight)
             if text == "random":
                 return cls(kind="random", weight=weight)
         except ValueError:
             pass
-        raise ConfigError(f"route {text!r}; write rank:2, topk:3, threshold:0.6 or random")
+        raise ConfigError(f"route {text!r}; write rank:2, topk:3, threshold:0.6, ratio:0.4 or random")
 
     def __str__(self) -> str:
-        value = {"rank": f":{self.k}", "topk": f":{self.k}", "threshold": f":{self.threshold}"}.get(self.kind, "")
+        value = {"rank": f":{self.k}", "topk": f":{self.k}", "threshold": f":{self.threshold}",
+                 "ratio": f":{self.threshold}"}.get(self.kind, "")  # fmt: skip
         return f"{self.kind}{value}"
+
+    def ratios_of(self, layer: int, ranks: int) -> Floats:
+        """Thresholds float32 [ranks] of a layer; the first rank has 0 and always stays."""
+        row = dict(self.ratios).get(layer, (self.threshold,))
+        found = np.zeros(ranks, dtype=np.float32)
+        found[1:] = (*row[: ranks - 1], *(row[-1:] * (ranks - 1 - len(row))))
+        return found
 
     def fits(self, experts: tuple[int, ...]) -> None:
         """Check against the experts of each layer, 0 where there are none.

@@ -4,7 +4,7 @@ The same objects run in the simulator and in the engine's store, so that both ev
 (key, bytes): an expert, a layer or a whole model. Light: nothing heavy is imported.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Final, Protocol, runtime_checkable
 
 from moestro.core.errors import ConfigError
@@ -215,18 +215,29 @@ def run_step(cache: ExpertCache, keys: Sequence[Key], nbytes: int) -> int:
     return misses
 
 
-def waves(cache: ExpertCache, keys: list[Key], nbytes: int) -> Iterable[list[Key]]:
+def waves(cache: ExpertCache, keys: list[Key], nbytes: int | Callable[[Key], int]) -> Iterable[list[Key]]:
     """Keys of one step in parts that fit the budget, those in the cache first; one part where all fit.
+
+    Args:
+        nbytes: of an item, or what gives that of each.
 
     Raises:
         ConfigError: the budget holds not even one.
     """
-    at_once = cache.budget // nbytes
-    if at_once < 1:
-        raise ConfigError(f"budget={cache.budget} bytes is less than one expert of {nbytes}")
-    if len(keys) <= at_once:
+    size = nbytes if callable(nbytes) else lambda key: nbytes
+    sizes = {key: size(key) for key in keys}
+    largest = max(sizes.values(), default=0)
+    if cache.budget < largest:
+        raise ConfigError(f"budget={cache.budget} bytes is less than one expert of {largest}")
+    if sum(sizes.values()) <= cache.budget:
         yield keys
         return
-    left = sorted(keys, key=lambda key: key not in cache.resident)
-    for first in range(0, len(left), at_once):
-        yield left[first : first + at_once]
+    wave: list[Key] = []
+    left = cache.budget
+    for key in sorted(keys, key=lambda key: key not in cache.resident):
+        if sizes[key] > left:
+            yield wave
+            wave, left = [], cache.budget
+        wave.append(key)
+        left -= sizes[key]
+    yield wave

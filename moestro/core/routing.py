@@ -5,6 +5,7 @@ experts (a slot that costs nothing), expert choice (experts pick tokens), modali
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +173,34 @@ class Routing:
             self.num_experts,
             scores=self.scores,
             causal=self.causal,
+        )
+
+    def without(self, drop_TK: Tensor, weigh: Callable[[Tensor], Tensor]) -> "Routing":
+        """Drop assignments of a top-k routing; tokens that lose some weigh the others anew, the rest are as they were.
+
+        Args:
+            drop_TK: bool. weigh: weights of chosen pairs from their gates, ``Router.weigh``.
+
+        Raises:
+            ContextError: a ragged routing, one without scores, or a token that would lose all.
+        """
+        if self.scores is None:
+            raise ContextError("assignments can be dropped from a routing with scores only")
+        if drop_TK.all(1).any():
+            raise ContextError(f"token {int(drop_TK.all(1).nonzero()[0])} would lose all of its experts")
+        if not drop_TK.any():
+            return self
+        gate_TK = self.scores.gate_TC.gather(1, self.expert_TK)
+        weight_TK = self.weight_TK.masked_fill(drop_TK, 0)
+        first_TK = torch.sort(drop_TK.to(torch.uint8), dim=1, stable=True).indices
+        count_T = (~drop_TK).sum(1)
+        for count in sorted(set(count_T.tolist()) - {drop_TK.shape[1]}):
+            rows = (count_T == count).nonzero()
+            kept = first_TK[rows[:, 0], :count]
+            weight_TK[rows, kept] = weigh(gate_TK[rows, kept]).to(weight_TK.dtype)
+        kept_N = ~drop_TK.reshape(-1)
+        return self.replace(
+            weight_N=weight_TK.reshape(-1), kept_N=kept_N if self.kept_N is None else kept_N & self.kept_N
         )
 
     def counts_C(self, valid_T: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ def route_index(forward: Forward, route: Route | None) -> int:
         make: Callable[[Route], Any] | None = getattr(forward, "override", None)
         if make is None:
             routers = [layer.router for layer in forward.description.layers]  # type: ignore[attr-defined]
-            made: Any = override_of(route, routers)
+            made: Any = override_of(route, routers, lambda: forward.asked)  # type: ignore[attr-defined]
         else:
             made = make(route)
         overrides.append(made)
@@ -43,16 +43,49 @@ def route_index(forward: Forward, route: Route | None) -> int:
     return known[route]
 
 
-def override_of(route: Route, routers: Sequence[Router | None]) -> Override:
-    """A route over the native router dialects: chosen from a layer's logits by the same rule with another k."""
+def override_of(
+    route: Route, routers: Sequence[Router | None], positions: Callable[[], Ints] | None = None
+) -> Override:
+    """A route over the native router dialects: chosen from a layer's logits by the same rule with another k.
+
+    ``positions`` gives those of the rows that are asked for, for routes that look at them.
+    """
 
     def follow(layer: int, logits: Floats, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
         router = routers[layer]
         if router is None or (route.layers is not None and layer not in route.layers):
             return ids, weights
+        if route.kind == "ratio":
+            early = positions() < route.first if route.first and positions is not None else None
+            return thinned(route.ratios_of(layer, ids.shape[1]), router, ids, weights, early)
         return chosen(route, router, logits)
 
+    if route.kind == "ratio":  # the kernels can do it themselves
+        ranks = max((router.top_k for router in routers if router is not None), default=1)
+        taken = [route.layers is None or layer in route.layers for layer in range(len(routers))]
+        found = [route.ratios_of(layer, ranks) * np.float32(taken[layer]) for layer in range(len(routers))]
+        follow.ratios = np.ascontiguousarray(found, dtype=np.float32)  # type: ignore[attr-defined]
+        follow.first = route.first  # type: ignore[attr-defined]
     return follow
+
+
+def thinned(
+    ratios: Floats, router: Router, ids: Ints, weights: Floats, spared: npt.NDArray[np.bool_] | None = None
+) -> tuple[Ints, Floats]:
+    """A choice without the experts of rank r that weigh less than ``ratios[r]`` times the first; -1 stands for them.
+
+    Rows that lose some weigh the others as the router would; all others stay as they are, to the last bit.
+    """
+    drop = weights < ratios * weights[:, :1]
+    if spared is not None:
+        drop &= ~spared[:, None]
+    if not drop.any():
+        return ids, weights
+    kept = np.where(drop, np.float32(0), weights)
+    if router.renormalise or router.kind == "topk_softmax":
+        again = _summing(kept) * np.float32(router.scale)
+        kept = np.where(drop.any(-1, keepdims=True), again, kept)
+    return np.where(drop, np.int32(-1), ids), kept.astype(np.float32)
 
 
 def chosen(route: Route, router: Router, logits: Floats) -> tuple[Ints, Floats]:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from moestro.core.errors import LoadError
-from moestro.engine.dialect import LayerSpec
+from moestro.core.errors import ConfigError, LoadError
+from moestro.engine.dialect import TERNARY_WORDS, LayerSpec
 from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
 from moestro.engine.layout import Bytes, aligned
-from moestro.engine.packed import Packed
+from moestro.engine.packed import Packed, Piece
 from moestro.engine.pregate import Gate
+from moestro.engine.ternary import CODED, Table, check_table
 
 
 def describe(packed: Packed, resident: Mapping[str, Bytes]) -> Description:
@@ -28,6 +29,13 @@ class _Reader:
     def __init__(self, packed: Packed, resident: Mapping[str, Bytes]) -> None:
         self.packed, self.resident = packed, resident
         self.zeros: dict[int, Bytes] = {}
+        self.words: Table | None = None
+        if packed.model.ternary:
+            self.words = resident[TERNARY_WORDS].view(np.uint64)
+            try:
+                check_table(self.words)
+            except ConfigError as error:
+                raise LoadError(f"{packed.path}: {error}; pack the model again") from None
 
     def get(self, name: str) -> Any:
         """A tensor as a Matrix or a float32 vector; None where the model has none of the name."""
@@ -110,7 +118,7 @@ class _Reader:
             attention=attention,
             router=self.router(spec, get),
             experts=spec.experts,
-            expert=self.expert(index, spec),
+            **self.expert(index, spec),
             shared=shared,
             shared_gate=get("shared_gate"),
         )
@@ -138,9 +146,20 @@ class _Reader:
             ahead=found.ahead,
         )
 
-    def expert(self, index: int, spec: LayerSpec) -> Ffn | None:
+    def expert(self, index: int, spec: LayerSpec) -> dict[str, Any]:
         if not spec.experts:
-            return None
-        pieces = self.packed.experts[index].parts
-        parts = {name: Matrix(p.layout, p.shape[0], p.shape[1], None, p.offset) for name, p in pieces.items()}
+            return {}
+        there = self.packed.experts[index]
+        return {
+            "expert": self.ffn(there.parts, spec),
+            "kinds": [self.ffn(kind.parts, spec) for kind in there.kinds],
+            "kind_of": there.kind_of,
+        }
+
+    def ffn(self, pieces: Mapping[str, Piece], spec: LayerSpec) -> Ffn:
+        """A form of slab."""
+        parts = {}
+        for name, piece in pieces.items():
+            more = {"size": piece.nbytes, "words": self.words} if piece.layout == CODED else {}
+            parts[name] = Matrix(piece.layout, piece.shape[0], piece.shape[1], None, piece.offset, **more)
         return Ffn(activation=spec.activation, **parts)

@@ -19,6 +19,9 @@ MOST = 1 << 24
 VECTOR: Final = "vector"
 """Layout of a float32 vector."""
 
+TERNARY_WORDS: Final = "ternary_words"
+"""The resident tensor with the strings of ternary words: 65536 numbers of 64 bits."""
+
 ROUTERS: Final = ("softmax_topk", "topk_softmax", "sigmoid_bias", "decoupled")
 
 
@@ -151,6 +154,7 @@ class ModelSpec(_Strict):
             (2 i, 2 i + 1) turn, not (i, i + rotary / 2).
         embed_scale, residual_scale, logit_scale: factors. logit_softcap: 0: none.
         pregate: the router of all ``decoupled`` layers.
+        ternary: zeros in a thousand symbols that the table of ternary words is made for, 0: there is none.
     """
 
     dialect: Literal["native", "modules"]
@@ -177,6 +181,7 @@ class ModelSpec(_Strict):
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     pregate: PreGateSpec | None = None
+    ternary: int = Field(default=0, ge=0, le=999)
     layers: tuple[LayerSpec, ...] = Field(strict=False, max_length=1 << 12)
 
     @model_validator(mode="after")
@@ -227,6 +232,8 @@ class ModelSpec(_Strict):
         shapes: dict[str, Shape] = {"embedding": (self.vocab, self.hidden)}
         if not self.tied:
             shapes["head"] = (self.vocab, self.hidden)
+        if self.ternary:
+            shapes[TERNARY_WORDS] = (1 << 16,)
         shapes |= self._norm("final_norm")
         if self.rotary:
             shapes |= {f"rope.{index}": (self.rotary // 2,) for index in range(self.ropes)}

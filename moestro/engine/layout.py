@@ -19,6 +19,7 @@ q4      8            512 + 32          4 bits
 q3      stored       384 + 32 + 16     the low 2 bits, then the third one
 q2      stored       256 + 32 + 16     2 bits
 q1      stored       128 + 32 + 16     1 bit
+s1      -            128 + 32          1 bit: weight = scale * (2 code - 1)
 f16 f32 -            2 or 4 a weight   [row block][input][16 outputs]
 ======= ============ ================= ===================================
 """
@@ -41,9 +42,12 @@ PLACES: Final = LANES * GROUP
 ALIGN: Final = 64
 """Every matrix starts at a multiple of this many bytes."""
 
-BITS: Final[Mapping[str, int]] = {"q8": 8, "q4": 4, "q3": 3, "q2": 2, "q1": 1}
+BITS: Final[Mapping[str, int]] = {"q8": 8, "q4": 4, "q3": 3, "q2": 2, "q1": 1, "s1": 1}
 ZERO: Final[Mapping[str, int]] = {"q8": 128, "q4": 8}
 """What stands for zero in layouts that store no zero points."""
+
+FIXED: Final[tuple[str, ...]] = (*ZERO, "s1")
+"""Layouts that store no zero points."""
 
 FLOATS: Final[Mapping[str, Any]] = {"f32": np.float32, "f16": np.float16}
 LAYOUTS: Final[tuple[str, ...]] = (*FLOATS, *BITS)
@@ -55,6 +59,7 @@ _PLANES: Final[Mapping[str, tuple[tuple[int, int], ...]]] = {  # (width in bits,
     "q3": ((2, 0), (1, 2)),
     "q2": ((2, 0),),
     "q1": ((1, 0),),
+    "s1": ((1, 0),),
 }
 _ROWS = 1024  # rows quantised at a time: temporaries stay small beside a matrix of embeddings
 
@@ -67,7 +72,7 @@ def check_layout(layout: str) -> None:
 
 def block_bytes(layout: str) -> int:
     """Bytes of a block of a quantised layout."""
-    return PLACES * BITS[layout] // 8 + 2 * LANES + (0 if layout in ZERO else LANES)
+    return PLACES * BITS[layout] // 8 + 2 * LANES + (0 if layout in FIXED else LANES)
 
 
 def matrix_bytes(layout: str, n: int, k: int) -> int:
@@ -137,7 +142,8 @@ def quantise(weight: Floats, layout: str) -> tuple[Bytes, npt.NDArray[np.float16
     """Codes uint8 [N, K], scales float16 [N, G] and zero points uint8 [N, G] (None where the layout fixes them).
 
     q8: scale = max|w| / 127. q4: the weight of largest magnitude becomes the code 0, scale = -it / 8, so that all 16
-    codes are used; the scale's sign follows. Others: scale = (max - min) / top with min <= 0 <= max.
+    codes are used; the scale's sign follows. s1: scale = mean|w|.
+    Others: scale = (max - min) / top with min <= 0 <= max.
     """
     n, k = weight.shape
     groups = -(-k // GROUP)
@@ -146,7 +152,10 @@ def quantise(weight: Floats, layout: str) -> tuple[Bytes, npt.NDArray[np.float16
     group = padded.reshape(n, groups, GROUP)
     top = (1 << BITS[layout]) - 1
     zero: Bytes | None = None
-    if layout == "q8":
+    if layout == "s1":
+        counts = np.minimum(k - GROUP * np.arange(groups), GROUP).astype(np.float32)
+        wide = np.abs(group).sum(-1) / counts
+    elif layout == "q8":
         wide = np.abs(group).max(-1) / np.float32(127)
     elif layout == "q4":
         largest = np.take_along_axis(group, np.abs(group).argmax(-1)[..., None], -1)[..., 0]
@@ -156,6 +165,8 @@ def quantise(weight: Floats, layout: str) -> tuple[Bytes, npt.NDArray[np.float16
     if np.abs(wide).max(initial=0) > np.finfo(np.float16).max:
         raise ConfigError(f"weights of {np.abs(group).max():.3g} need a scale that float16 cannot hold; store 32 bits")
     scale = wide.astype(np.float16)
+    if layout == "s1":
+        return (weight >= 0).astype(np.uint8), scale, None
     step = scale.astype(np.float32)[..., None]
     safe = np.where(step == 0, np.float32(1), step)
     if layout in ZERO:
@@ -183,7 +194,7 @@ def pack_codes(codes: npt.ArrayLike, scale: npt.ArrayLike, zero: npt.ArrayLike |
     rows, groups = -(-n // LANES), -(-k // GROUP)
     kept = np.zeros((rows * LANES, groups), dtype=np.float16)
     zeros = np.full((rows * LANES, groups), ZERO.get(layout, 0), dtype=np.uint8)
-    if layout not in BITS or (zero is None) != (layout in ZERO):
+    if layout not in BITS or (zero is None) != (layout in FIXED):
         raise ConfigError(f"layout {layout!r} of codes {'without' if zero is None else 'with'} zero points")
     if np.shape(scale) != (n, groups) or (zero is not None and np.shape(zero) != (n, groups)):
         raise ConfigError(f"codes [{n}, {k}] need scales [{n}, {groups}]; got {list(np.shape(scale))}")
@@ -232,8 +243,8 @@ def codes_of(data: Bytes, layout: str, n: int, k: int) -> tuple[Bytes, npt.NDArr
         placed |= np.concatenate(parts, axis=-1) << np.uint8(shift)
     codes = placed.reshape(rows, groups, LANES, LANES, 4).transpose(0, 3, 1, 2, 4)
     scale = np.ascontiguousarray(block[..., start : start + 2 * LANES]).view(np.float16)
-    if layout in ZERO:
-        zero = np.full((rows, groups, LANES), ZERO[layout], dtype=np.uint8)
+    if layout in FIXED:
+        zero = np.full((rows, groups, LANES), ZERO.get(layout, 0), dtype=np.uint8)
     else:
         zero = block[..., start + 2 * LANES :]
     flat = codes.reshape(rows * LANES, groups * GROUP)[:n, :k]
@@ -254,5 +265,7 @@ def unpack(data: Bytes, layout: str, n: int, k: int) -> Floats:
         stored = np.asarray(data)[:size].view(FLOATS[layout]).reshape(-1, k, LANES).transpose(0, 2, 1)
         return stored.reshape(-1, k)[:n].astype(np.float32)
     codes, scale, zero = codes_of(data, layout, n, k)
+    if layout == "s1":
+        return (2 * codes.astype(np.float32) - 1) * np.repeat(scale.astype(np.float32), GROUP, axis=1)[:, :k]
     steps = codes.astype(np.float32) - np.repeat(zero, GROUP, axis=1)[:, :k].astype(np.float32)
     return steps * np.repeat(scale.astype(np.float32), GROUP, axis=1)[:, :k]

@@ -77,6 +77,7 @@ class NativeForward:
 
     Attributes:
         overrides: routings that rows may ask for by index; index 0 is the model's own.
+        asked: positions of the rows that an override is asked for, while it is.
         on_route: called with (layer, ids [R, k], weights [R, k]) of what was followed.
         gate: the router of token ids, where the model has one; it decides its layers before any runs.
         on_gate: called with the expert of every row [R] as soon as it is known. foresight: who else wants to know
@@ -125,6 +126,7 @@ class NativeForward:
             ValueError: ids out of range. RuntimeError: a NaN or an infinity; the message names the place.
         """
         rows = (_ints(batch.tokens), _ints(batch.positions), _ints(batch.rows_of), np.atleast_2d(_ints(batch.tables)))
+        self._positions = rows[1]
         self.steps.begin(*rows)
         if self.gate is not None:
             self._gated = self.gate.step(*rows)
@@ -133,7 +135,7 @@ class NativeForward:
         if self.forecast is not None and self.store is not None:
             self.store.cancel()  # what a step that failed has left
             self.store.ahead(self.forecast.begin(rows[0], rows[1], _ints(batch.sequences)[rows[2]]))
-        overridden = batch.routes is not None and bool(np.any(batch.routes))
+        overridden = batch.routes is not None and bool(np.any(batch.routes)) and not self._thinned(batch.routes)
         if self.store is None and self.gate is None and not overridden:
             self.steps.run(0, self.layers)
             if self.on_route is not None:
@@ -148,6 +150,17 @@ class NativeForward:
                 self.steps.finish(layer)
         want = _ints(batch.want)
         return self.steps.logits(want) if want.size else np.zeros((0, self.vocab), dtype=np.float32)
+
+    def _thinned(self, routes: Ints) -> bool:
+        """Leave the routes of a step to the kernels, where they only leave out experts, all by the same ratios."""
+        numbers = set(np.asarray(routes).tolist()) - {0}
+        if len(numbers) != 1 or not hasattr(self.steps, "thin"):
+            return False
+        override: Any = self.overrides[numbers.pop()]
+        if getattr(override, "ratios", None) is None:
+            return False
+        self.steps.thin(override.ratios, _ints((np.asarray(routes) > 0) & (self._positions >= override.first)))
+        return True
 
     def _experts(self, layer: int, routes: Ints | None) -> None:
         if self._decoupled(layer):
@@ -204,6 +217,7 @@ class NativeForward:
         for number in np.unique(routes):
             rows = np.nonzero(routes == number)[0]
             override = self.overrides[int(number)]
+            self.asked = self._positions[rows]
             own = (ids[rows], weights[rows])
             parts.append((rows, *(own if override is None else override(layer, scores[rows], *own))))
         width = max(part[1].shape[1] for part in parts)

@@ -11,9 +11,11 @@ import numpy as np
 
 from moestro.core.errors import ConfigError, LoadError, SaveError
 from moestro.core.ledger import Ledger
+from moestro.engine import pack_ternary
 from moestro.engine.dialect import VECTOR
-from moestro.engine.layout import Bytes, aligned, matrix_bytes, pack, unpack
-from moestro.engine.packed import EXPERTS, FORMAT, INDEX, PAGE, RAW, RESIDENT, VERSION, Packed
+from moestro.engine.layout import Bytes, matrix_bytes, pack, unpack
+from moestro.engine.packed import EXPERTS, FORMAT, INDEX, OLDEST, PAGE, RAW, RESIDENT, VERSION, Packed, Piece
+from moestro.engine.ternary import CODED
 
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ def pack_model(
     *,
     bits: int = 8,
     resident_bits: int | None = None,
+    exact: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -39,13 +42,14 @@ def pack_model(
         ref: a folder, hub id, GGUF file, or ``wheel:name``. out: the folder; it becomes complete or is left as it was.
         bits: 4, 8, 16 or 32 for matrices. Experts that are packed already keep their codes where a layout holds them.
         resident_bits: for what every token needs, ``bits`` when None; routers and norms stay float32.
+        exact: refuse experts that are packed already and whose codes or scales no layout holds as they are.
         progress: is told a line now and then.
 
     Returns:
         The receipt; ``receipt.json`` holds it too.
 
     Raises:
-        LoadError: the checkpoint is damaged, holds NaN, or is of a form that cannot be packed.
+        LoadError: the checkpoint is damaged, holds NaN, is of a form that cannot be packed, or not ``exact``.
         SaveError: the disk is too small or fails. ConfigError: other bits.
     """
     from moestro.engine.pack_model import contents
@@ -59,6 +63,8 @@ def pack_model(
             raise ConfigError(f"bits={given}; matrices are packed in {', '.join(map(str, BITS))} bits")
     folder = Folder(ref)
     found = contents(folder, bits, bits if resident_bits is None else resident_bits)
+    if exact:
+        _refuse_rounding(folder.name, found)
     work = _Work(folder, found)
     work.check_room(Path(out))
     found.model = found.model.model_copy(
@@ -68,6 +74,11 @@ def pack_model(
         tell(f"{RESIDENT}: {len(found.tensors)} tensors, {work.resident_bytes:,} bytes")
         work.write_resident(temporary)
         work.write_experts(temporary, tell)
+        if exact and work.scales:
+            raise LoadError(
+                f"{folder.name}: scales of packed experts change by up to {work.scales:.2g} of themselves when they "
+                "become float16; compress with float16 scales, or pack without --exact"
+            )
         receipt = work.receipt(bits)
         work.write_rest(temporary, receipt)
         Packed.open(temporary)
@@ -113,7 +124,7 @@ class _Work:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Every offset, before anything is written."""
+        """Offsets of the resident file, and how large both files become, before anything is written."""
         offset = 0
         for name, entry in self.found.tensors.items():
             nbytes = _nbytes(entry)
@@ -121,17 +132,13 @@ class _Work:
             self.tensors[name] = {"file": RESIDENT, "offset": offset, "nbytes": nbytes, "layout": entry.layout,
                                   "shape": shape}  # fmt: skip
             offset += _whole(nbytes, PAGE)
-        self.resident_bytes, offset = offset, 0
-        for layer, bank in self.found.banks.items():
-            parts, inside = {}, 0
-            for name, part in bank.parts().items():
-                parts[name] = {"offset": inside, "nbytes": part.nbytes, "layout": part.layout,
-                               "shape": list(part.shape)}  # fmt: skip
-                inside += _whole(part.nbytes, 64)
-            stride = _whole(inside, PAGE)
-            self.experts[str(layer)] = {"num": bank.num, "offset": offset, "stride": stride, "parts": parts}
-            offset += bank.num * stride
-        self.expert_bytes = offset
+        self.resident_bytes = offset
+        # Of coded slabs this is what they take at most; how large they are shows when they are written.
+        self.expert_bytes = sum(
+            _whole(sum(_whole(part.nbytes, 64) for part in bank.parts(expert).values()), PAGE)
+            for bank in self.found.banks.values()
+            for expert in range(bank.num)
+        )
 
     def check_room(self, out: Path) -> None:
         """Raise SaveError where the packed model does not fit on the disk."""
@@ -177,29 +184,33 @@ class _Work:
                     self.ledger.expect(layer, expert, name)
         with _File(folder / EXPERTS) as file:
             for layer, bank in self.found.banks.items():
-                entry = self.experts[str(layer)]
-                tell(f"{EXPERTS}: layer {layer}, {bank.num} experts of {entry['stride']:,} bytes")
-                self._layer(layer, bank, entry, file)
+                tell(f"{EXPERTS}: layer {layer}, {bank.num} experts")
+                self.experts[str(layer)] = self._layer(layer, bank, file)
                 self.folder.release()
         self.files[EXPERTS] = file.facts()
+        self.expert_bytes = file.size
 
-    def _layer(self, layer: int, bank: "BankReader", entry: dict[str, Any], file: _File) -> None:
-        """The slabs of one layer."""
-        slab = aligned(entry["stride"], PAGE)
+    def _layer(self, layer: int, bank: "BankReader", file: _File) -> dict[str, Any]:
+        """The slabs of one layer, and their entry in the index."""
+        kinds: list[dict[str, Any]] = []
+        kind_of = []
+        entry: dict[str, Any] = {"num": bank.num, "offset": file.size}
         for expert in range(bank.num):
-            for name, part in entry["parts"].items():
-                bank.store(expert, name, slab[part["offset"] : part["offset"] + part["nbytes"]])
-                if not name.endswith("_bias"):
-                    self.ledger.touch(layer, expert, name)
+            slab, kind = _slab(bank, expert)
+            for name in bank.projections:
+                self.ledger.touch(layer, expert, name)
             file.write(slab)
+            if kind not in kinds:
+                kinds.append(kind)
+            kind_of.append(kinds.index(kind))
             if expert == 0:
-                self.errors["experts"] = max(self.errors["experts"], _bank_error(bank, entry["parts"], slab))
+                self.errors["experts"] = max(self.errors["experts"], _bank_error(bank, kind["parts"], slab))
+        return entry | (kinds[0] if len(kinds) == 1 else {"kinds": kinds, "kind_of": kind_of})
 
     def receipt(self, bits: int) -> dict[str, Any]:
         """What was done, for the reader and for ``receipt.json``."""
         import moestro
 
-        layouts = sorted({p["layout"] for e in self.experts.values() for p in e["parts"].values()} - {VECTOR})
         rounded = [f"layer {i}: {', '.join(b.rounded)}" for i, b in self.found.banks.items() if b.rounded]
         return {
             "moestro_version": moestro.__version__,
@@ -208,12 +219,26 @@ class _Work:
             "dialect": self.found.model.dialect,
             "why": self.found.model.why,
             "bits": bits,
-            "expert_layouts": layouts,
+            "expert_layouts": sorted(self._layouts()),
             "rounded_again": rounded,
+            "scales_changed_by": self.scales,
             "bytes": {"resident": self.resident_bytes, "experts": self.expert_bytes},
             "relative_error": {name: float(value) for name, value in self.errors.items()},
             "ledger": self.ledger.close(),
         }
+
+    @property
+    def scales(self) -> float:
+        """Largest relative change of a scale of packed experts."""
+        return max((bank.scales for bank in self.found.banks.values()), default=0.0)
+
+    def _layouts(self) -> set[str]:
+        """Layouts of the experts' matrices."""
+        return {each for bank in self.found.banks.values() for some in bank.layouts.values() for each in some}
+
+    def _is_new(self) -> bool:
+        """Whether there is something that readers of the first version do not know."""
+        return bool(self._layouts() & {CODED, "s1"}) or any("kinds" in entry for entry in self.experts.values())
 
     def write_rest(self, folder: Path, receipt: dict[str, Any]) -> None:
         """The index, the configs, the tokenizer, the receipt."""
@@ -222,7 +247,7 @@ class _Work:
         model = self.folder.model
         index = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self._is_new() else OLDEST,
             "model": self.found.model.model_dump(mode="json"),
             "files": self.files,
             "tensors": self.tensors,
@@ -265,11 +290,38 @@ def _error(before: Any, after: Any) -> float:
     return float(np.sqrt(np.mean(np.square(before - after, dtype=np.float64)))) / size if size else 0.0
 
 
+def _slab(bank: "BankReader", expert: int) -> tuple[Bytes, dict[str, Any]]:
+    """The bytes of an expert without the padding to a page, and the form of its slab."""
+    parts: dict[str, Any] = {}
+    found = {name: bank.data(expert, name) for name in bank.parts(expert)}
+    inside = 0
+    for name, part in bank.parts(expert).items():
+        size = len(found[name])
+        parts[name] = {"offset": inside, "nbytes": size, "layout": part.layout, "shape": list(part.shape)}
+        inside += _whole(size, 64)
+    slab = np.zeros(inside, dtype=np.uint8)
+    for name, data in found.items():
+        slab[parts[name]["offset"] :][: len(data)] = data
+    return slab, {"stride": _whole(inside, PAGE), "parts": parts}
+
+
 def _bank_error(bank: "BankReader", parts: dict[str, Any], slab: Bytes) -> float:
     """The largest relative error among the matrices of expert 0."""
     worst = 0.0
     for name in bank.projections:
-        part = parts[name]
-        data = slab[part["offset"] : part["offset"] + part["nbytes"]]
-        worst = max(worst, _error(bank.weight(0, name), unpack(data, part["layout"], *part["shape"])))
+        piece = Piece(parts[name]["offset"], parts[name]["nbytes"], parts[name]["layout"], tuple(parts[name]["shape"]))
+        table = pack_ternary.book(bank.zeros).table if piece.layout == CODED else None
+        found = piece.array(slab[piece.offset :][: piece.nbytes], table)
+        worst = max(worst, _error(bank.weight(0, name), found))
     return worst
+
+
+def _refuse_rounding(name: str, found: "Contents") -> None:
+    """Raise LoadError where packed experts would be rounded a second time."""
+    for layer, bank in found.banks.items():
+        for projection, experts in bank.rounded.items():
+            expert, why = next(iter(experts.items()))
+            raise LoadError(
+                f"{name}: layer {layer} expert {expert} {projection} cannot keep its codes: {why}; compress it "
+                "otherwise, or pack without --exact, which rounds it again"
+            )

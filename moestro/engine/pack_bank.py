@@ -9,6 +9,7 @@ import numpy.typing as npt
 from moestro.core.errors import ConfigError, LoadError
 from moestro.engine.dialect import VECTOR, LayerSpec, Shape
 from moestro.engine.layout import GROUP, OF_BITS, ZERO, Bytes, matrix_bytes, pack, pack_codes
+from moestro.engine.ternary import CODED, most_bytes
 
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes."""
+        """Stored bytes; of coded matrices, whose words are not counted yet, what they take at most."""
+        if self.layout == CODED:
+            return most_bytes(*self.shape)
         return 4 * self.shape[0] if self.layout == VECTOR else matrix_bytes(self.layout, *self.shape)
 
 
-def bank_at(folder: "Folder", path: str, module: "nn.Module", bits: int) -> "BankReader | None":
+def bank_at(folder: "Folder", path: str, module: "nn.Module", bits: int, *, coded: bool = False) -> "BankReader | None":
     """The experts of a mixture, or None where they are no plain feed-forwards or something changes what they do."""
     from moestro.core.bank import PooledFFN, StackedFFN
     from moestro.core.dispatch import LocalDispatcher
@@ -63,7 +66,7 @@ def bank_at(folder: "Folder", path: str, module: "nn.Module", bits: int) -> "Ban
         return None if module.router.num_null or pool.out != pool.dim else PoolReader(folder, path, module, bits)
     if module.router.num_null or module.bank.out != module.bank.dim:
         return None
-    return BankReader(folder, f"{path}.bank", module.bank, bits)
+    return BankReader(folder, f"{path}.bank", module.bank, bits, coded=coded)
 
 
 class BankReader:
@@ -71,20 +74,25 @@ class BankReader:
 
     Args:
         path: of the bank in the model. bank: without storage. bits: of matrices that are floats now, and of those whose
-            codes no layout holds.
+            codes no layout holds. coded: ternary matrices stay coded.
 
     Attributes:
-        rounded: projections whose packed matrices are dequantised and rounded again.
+        layouts: projection -> layout of each expert's matrix.
+        rounded: projection -> experts whose packed matrices are dequantised and rounded again, and why.
+        scales: largest relative change of a scale that was rounded to float16, so far.
+        zeros: in a thousand symbols, what the table of ternary words is made for; whoever packs says it.
     """
 
-    def __init__(self, folder: "Folder", path: str, bank: Any, bits: int) -> None:
+    def __init__(self, folder: "Folder", path: str, bank: Any, bits: int, *, coded: bool = False) -> None:
         self.folder, self.path, self.bank = folder, path, bank
-        self.bits = bits
+        self.bits, self.coded = bits, coded
         self.num = bank.num_experts
         self.bias = bank.up_bias is not None
         self.projections: tuple[str, ...] = bank.projections
-        self.rounded: list[str] = []
-        self.layouts = {name: self._layout(name) for name in bank.projections}
+        self.rounded: dict[str, dict[int, str]] = {}
+        self.scales = 0.0
+        self.zeros = 0
+        self.layouts = {name: [self._layout(name, expert) for expert in range(self.num)] for name in bank.projections}
 
     def layer(self, site: str) -> LayerSpec:
         """The settings of a layer with these experts."""
@@ -92,10 +100,22 @@ class BankReader:
         form: dict[str, Any] = {"gated": bank.gated, "bias": self.bias, "activation": bank.activation}
         return LayerSpec(experts=self.num, inner=bank.inner, site=site, **form)
 
-    def parts(self) -> dict[str, Part]:
+    def parts(self, expert: int) -> dict[str, Part]:
         """An expert's parts in the order of its slab."""
         shapes = self.layer("").parts(self.bank.dim)
-        return {name: Part(shape, self.layouts.get(name, VECTOR)) for name, shape in shapes.items()}
+        return {
+            name: Part(shape, self.layouts[name][expert] if name in self.layouts else VECTOR)
+            for name, shape in shapes.items()
+        }
+
+    def shares_of_zeros(self) -> list[int]:
+        """Zeros in a thousand that each coded matrix expects."""
+        from moestro.ops.formats.ternary import ZEROS
+
+        return [
+            dict(self.bank.packings[name][expert].sizes).get("zeros") or ZEROS
+            for name, layouts in self.layouts.items() for expert, layout in enumerate(layouts) if layout == CODED
+        ]  # fmt: skip
 
     def names(self) -> set[str]:
         """Tensors of the checkpoint that these experts are made of."""
@@ -112,20 +132,19 @@ class BankReader:
         half = slice(0, bank.inner) if projection == "gate" else slice(bank.inner, 2 * bank.inner)
         return f"{self.path}.gate_up_proj{bias}", (expert, half)
 
-    def store(self, expert: int, name: str, out: Bytes) -> None:
-        """Write a part into its place in a slab.
+    def data(self, expert: int, name: str) -> Bytes:
+        """A part as its place in a slab holds it.
 
         Raises:
             LoadError: a weight is NaN, infinite, or too large for the layout.
         """
-        part = self.parts()[name]
+        part = self.parts(expert)[name]
         try:
             if part.layout == VECTOR:
-                out[:] = np.ascontiguousarray(self._float(expert, name).float().numpy()).view(np.uint8)
-            elif self._is_packed() and name not in self.rounded:
-                out[:] = self._codes(expert, name, part)
-            else:
-                pack(Rows(self._float(expert, name)), part.layout, out)
+                return np.ascontiguousarray(self._float(expert, name).float().numpy()).view(np.uint8)
+            if not self._is_packed() or expert in self.rounded.get(name, {}):
+                return pack(Rows(self._float(expert, name)), part.layout)
+            return self._ternary(expert, name) if part.layout == CODED else self._codes(expert, name, part)
         except ConfigError as error:
             raise LoadError(f"{self.folder.name}: {self.path} expert {expert} {name}: {error}") from None
 
@@ -154,43 +173,52 @@ class BankReader:
 
     # -- packed banks: codes move as they are where a layout holds them --------------------------------------------
 
-    def _layout(self, name: str) -> str:
-        """The layout of a projection: that of its codes, or of ``bits``."""
+    def _layout(self, name: str, expert: int) -> str:
+        """The layout of a matrix: that of its codes, or of ``bits``."""
         wanted = OF_BITS[self.bits]
         if not self._is_packed():
             return wanted
-        used = set(self.bank.packings[name])
-        if all(_holds(one, self.bank.shape(name)[1]) for one in used):
-            words = {one.format for one in used}
-            own = {"int8": "q8", "int4": "q4", "int3": "q3", "uint3": "q3", "int2": "q2", "uint2": "q2"}
-            if len(words) == 1 and next(iter(words)) in own:
-                return own[next(iter(words))]
-            if not words & {"uint8"}:
-                # Steps from zero: at most 7 either way for 3 bits and fewer, 15 for uint4; a wider layout holds them.
-                return "q8" if words & {"int8", "uint4"} else "q4"
-        self.rounded.append(name)
-        return wanted
+        used = self.bank.packings[name][expert]
+        layout, why = layout_of(used, self.bank.shape(name)[1], coded=self.coded)
+        if layout is None:
+            self.rounded.setdefault(name, {})[expert] = why
+        return layout or wanted
 
     def _codes(self, expert: int, name: str, part: Part) -> Bytes:
         """A packed matrix in its layout: the same steps times the same scales, rounded to float16."""
+        used = self.bank.packings[name][expert]
+        codes, params = self._unpacked(expert, name)
+        groups = -(-part.shape[1] // GROUP)
+        scale = _spread(params["scale"], used.group, groups)
+        if np.abs(scale).max() > np.finfo(np.float16).max:
+            raise ConfigError(f"a scale of {np.abs(scale).max():.3g} does not fit float16")
+        change = np.abs(scale.astype(np.float16).astype(np.float32) - scale) / np.maximum(np.abs(scale), 1e-30)
+        self.scales = max(self.scales, float(change.max()))
+        if part.layout == "s1":
+            return pack_codes(codes, scale, None, part.layout)
+        if used.format.startswith("u"):
+            zero = _spread(params["zero"], used.group, groups).astype(np.int16)
+        else:
+            zero = np.full(scale.shape, 1 << (int(used.format.lstrip("uint")) - 1), dtype=np.int16)
+        if part.layout not in ZERO:
+            return pack_codes(codes, scale, zero.astype(np.uint8), part.layout)
+        wide = np.repeat(zero, GROUP, axis=1)[:, : part.shape[1]]
+        return pack_codes((codes - wide + ZERO[part.layout]).astype(np.uint8), scale, None, part.layout)
+
+    def _ternary(self, expert: int, name: str) -> Bytes:
+        """A ternary matrix: the same symbols in other words, the same two values a row."""
+        from moestro.engine import pack_ternary
+
+        codes, params = self._unpacked(expert, name)
+        return pack_ternary.pack(codes, params["low"][:, 0], params["high"][:, 0], self.zeros)
+
+    def _unpacked(self, expert: int, name: str) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
+        """Codes [N, K] and what their groups share, as the checkpoint has them."""
         from moestro.ops.formats import format_named
 
         used = self.bank.packings[name][expert]
-        codes, params = format_named(used.format).unpack(self._stored(expert, name), part.shape, used)
-        own = int(used.format.lstrip("uint"))
-        groups = -(-part.shape[1] // GROUP)
-        scale = _spread(params["scale"].numpy(), used.group, groups)
-        if used.format.startswith("u"):
-            zero = _spread(params["zero"].numpy(), used.group, groups).astype(np.int16)
-        else:
-            zero = np.full(scale.shape, 1 << (own - 1), dtype=np.int16)
-        if np.abs(scale).max() > np.finfo(np.float16).max:
-            raise ConfigError(f"a scale of {np.abs(scale).max():.3g} does not fit float16")
-        plain = codes.numpy()
-        if part.layout not in ZERO:
-            return pack_codes(plain, scale, zero.astype(np.uint8), part.layout)
-        wide = np.repeat(zero, GROUP, axis=1)[:, : part.shape[1]]
-        return pack_codes((plain - wide + ZERO[part.layout]).astype(np.uint8), scale, None, part.layout)
+        codes, params = format_named(used.format).unpack(self._stored(expert, name), self.bank.shape(name), used)
+        return codes.numpy(), {key: value.numpy() for key, value in params.items()}
 
 
 class PoolReader(BankReader):
@@ -236,10 +264,31 @@ class PoolReader(BankReader):
         return leaf, (0, slice(None), unit) if name == "down" else (0, unit)
 
 
-def _holds(used: Any, width: int) -> bool:
-    """Whether groups of 64 can stand for this packing's integers."""
-    integer = used.format.lstrip("u").startswith("int")
-    return integer and (used.group is None or used.group >= width or used.group % GROUP == 0)
+# int4 has its zero at 8 like q4. uint4 may have it anywhere: steps of at most 15 either way, which q8 holds.
+_OWN = {
+    "int8": "q8", "int4": "q4", "uint4": "q8", "int3": "q3", "uint3": "q3", "int2": "q2", "uint2": "q2", "sign1": "s1",
+}  # fmt: skip
+_TERNARY = ("trits", "ternary", "ternary14")
+
+
+def layout_of(used: Any, width: int, *, coded: bool) -> tuple[str | None, str]:
+    """The layout that holds what a packing says, or None and why there is none.
+
+    Args:
+        used: the packing. width: inputs of a row. coded: the model has a table of ternary words.
+    """
+    whole_rows = used.group is None or used.group >= width
+    if used.format in _TERNARY:
+        if not whole_rows:
+            return None, f"ternary values in groups of {used.group}; a row has two"
+        if used.scale != "bf16":
+            return None, f"ternary values of type {used.scale}; slabs hold bf16"
+        return (CODED, "") if coded else (None, "only a native model has a table of ternary words")
+    if used.format not in _OWN:
+        return None, f"no layout holds {used.format}"
+    if not whole_rows and used.group % GROUP:
+        return None, f"groups of {used.group} are no multiple of {GROUP}"
+    return _OWN[used.format], ""
 
 
 def _spread(values: npt.NDArray[Any], group: int | None, groups: int) -> npt.NDArray[Any]:

@@ -6,28 +6,36 @@ any other keeps its parameters as they are beside its slabs.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
 
 from moestro.core.errors import LoadError
-from moestro.engine.dialect import VECTOR, AttentionSpec, LayerSpec, ModelSpec, PreGateSpec, RouterSpec, Shape
+from moestro.engine import pack_ternary
+from moestro.engine.dialect import (
+    TERNARY_WORDS,
+    VECTOR,
+    AttentionSpec,
+    LayerSpec,
+    ModelSpec,
+    PreGateSpec,
+    Shape,
+)
 from moestro.engine.layout import OF_BITS
-from moestro.engine.pack_bank import PREGATED, BankReader, PoolReader, bank_at
+from moestro.engine.pack_bank import BankReader, PoolReader, bank_at
+from moestro.engine.pack_router import NotNative, Routers
+from moestro.engine.ternary import WORDS
 
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from moestro.core.layer import MoELayer
     from moestro.surgery.disk import Folder
 
 NATIVE: Final = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "granitemoe")
 ACTIVATIONS: Final = ("silu", "gelu", "gelu_tanh", "relu")
 ROPES: Final = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose frequencies do not depend on the length of a text."""
-
-
-class NotNative(Exception):
-    """Why the native forward cannot run a model; one clause."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ def _eos(model: Any) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
 
 
-class _Native:
+class _Native(Routers):
     """Walks a decoder of a native family and takes every tensor that the native forward knows.
 
     Raises NotNative on the first thing that it does not know.
@@ -169,12 +177,28 @@ class _Native:
             layers=tuple(layers),
             eos=_eos(model),
             pregate=self.pregate,
+            ternary=self.words(),
             **settings,
         )
         for name, shape in made.tensors().items():
             if self.tensors[name].shape != shape:
                 raise NotNative(f"{name} has the shape {list(self.tensors[name].shape)}, not {list(shape)}")
         return Contents(made, self.tensors, self.banks)
+
+    def words(self) -> int:
+        """Zeros in a thousand of the one table of ternary words, which becomes a resident tensor; 0 without any."""
+        import torch
+
+        shares = [share for bank in self.banks.values() for share in bank.shares_of_zeros()]
+        if not shares:
+            return 0
+        zeros = pack_ternary.nearest_zeros(sum(shares) / len(shares) / 1000)
+        for bank in self.banks.values():
+            bank.zeros = zeros
+        self.tensors[TERNARY_WORDS] = Entry(
+            (WORDS,), "raw:I64", lambda: torch.from_numpy(pack_ternary.book(zeros).table.view(np.int64))
+        )
+        return zeros
 
     def settings(self, stack: Any) -> dict[str, Any]:
         """Numbers of the whole model, from its config and its rotary embedding."""
@@ -265,7 +289,7 @@ class _Native:
         if not isinstance(module, MoELayer):
             width, form = self.dense(f"{name}.shared", path, module)
             return LayerSpec(shared=width, **form)
-        bank = bank_at(self.folder, path, module, self.bits)
+        bank = bank_at(self.folder, path, module, self.bits, coded=True)
         if bank is None or bank.bias:
             raise NotNative(f"the experts of {path} are no plain feed-forwards without bias")
         self.banks[index] = bank
@@ -322,62 +346,6 @@ class _Native:
         if kind not in ACTIVATIONS:
             raise NotNative(f"{path} has the activation {kind}")
         return width, {"gated": gated, "activation": kind}
-
-    def router(self, name: str, path: str, layer: "MoELayer") -> RouterSpec:
-        """The dialect of a router, and its tensors."""
-        router, where = layer.router, f"{path}.router"
-        method = _method_of(router)
-        if method == PREGATED:
-            return self.decoupled(router)
-        common: dict[str, Any] = {}
-        if method == "train.pre_gated":
-            common["ahead"] = self.ahead(name, router)
-            router, where = cast("Any", router).gate, f"{where}.gate"
-            method = _method_of(router)
-        if method not in ("train.softmax_topk", "train.sigmoid_bias"):
-            raise NotNative(f"the router of {path} is a {type(router).__name__}")
-        config: Any = cast("Any", router).config
-        self.take(f"{name}.router", f"{where}.weight", layout="f32")
-        common |= {"top_k": config.top_k, "scale": float(config.scale)}
-        if config.renorm_eps > 1e-20:
-            raise NotNative(f"the router of {path} adds {config.renorm_eps} before it divides")
-        if method == "train.sigmoid_bias":
-            self.take(f"{name}.select_bias", f"{where}.selection_bias")
-            groups = {"groups": config.num_groups, "top_groups": config.groups_kept}
-            return RouterSpec(kind="sigmoid_bias", renormalise=config.renormalise, **groups, **common)
-        if config.num_groups > 1:
-            raise NotNative(f"the router of {path} ranks groups of a softmax by their best member")
-        if config.bias:
-            self.take(f"{name}.router_bias", f"{where}.bias")
-        chosen = config.softmax == "chosen"
-        kind = "topk_softmax" if chosen else "softmax_topk"
-        return RouterSpec(kind=kind, bias=config.bias, renormalise=config.renormalise and not chosen, **common)
-
-    def decoupled(self, router: Any) -> RouterSpec:
-        """A router that borrows the model's pre-gate; the gate's tensors are taken once."""
-        gate = router.gate.module
-        if self.pregate is None:
-            vocab, dim = gate.embedding.weight.shape
-            path = next(path for path, module in self.folder.model.named_modules() if module is gate)
-            self.pregate = PreGateSpec(vocab=vocab, dim=dim, heads=gate.heads, experts=gate.head.out_features)
-            for name, shape in self.pregate.tensors().items():
-                self.take(f"pregate.{name}", f"{path}.{name}.weight", layout=None if len(shape) == 1 else "f32")
-        return RouterSpec(kind="decoupled", top_k=1)
-
-    def ahead(self, name: str, router: Any) -> int:
-        """How many layers before its own the input of a pre-gated router is; the walk goes up through the layers."""
-        layer, distance = int(name.rpartition(".")[2]), int(router.distance)
-        if not distance:
-            return 0
-        self.hand_on.append(layer)
-        if router.own_gate or len(self.hand_on) <= distance:
-            return 0
-        return layer - self.hand_on[-1 - distance]
-
-
-def _method_of(router: Any) -> str:
-    made = getattr(router, "made_by", None)
-    return "" if made is None else str(made.method)
 
 
 def _mixture_type() -> type:

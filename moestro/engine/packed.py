@@ -9,64 +9,40 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
-
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.expert_cache import Key
-from moestro.engine.dialect import VECTOR, ModelSpec, Shape
-from moestro.engine.layout import LAYOUTS, Bytes, aligned, matrix_bytes, unpack
+from moestro.engine.dialect import TERNARY_WORDS, ModelSpec
+from moestro.engine.layout import Bytes, aligned
+from moestro.engine.packed_index import (
+    EXPERTS,
+    INDEX,
+    PAGE,
+    RAW,
+    RESIDENT,
+    LayerSlabs,
+    Piece,
+    check_apart,
+    check_keys,
+    experts_of,
+    object_of,
+    piece_of,
+    whole,
+)
+from moestro.engine.ternary import CODED
 
+
+__all__ = ["EXPERTS", "INDEX", "PAGE", "RAW", "RESIDENT", "LayerSlabs", "Packed", "Piece"]
 
 FORMAT: Final = "moestro-pack"
-VERSION: Final = 1
-PAGE: Final = 4096
-"""Tensors of the resident file, slabs and strides are multiples of this."""
+VERSION: Final = 2
+OLDEST: Final = 1
+"""Versions from this one on are read. Version 2 has slabs that differ inside a layer, signs, coded ternary values."""
 
-INDEX, RESIDENT, EXPERTS = "pack.json", "resident.bin", "experts.bin"
 MAX_INDEX_BYTES: Final = 16 << 20
-MAX_BYTES: Final = 1 << 50
-RAW: Final[Mapping[str, int]] = {"raw:F32": 4, "raw:F16": 2, "raw:BF16": 2, "raw:I64": 8, "raw:I32": 4, "raw:U8": 1,
-                                 "raw:BOOL": 1}  # fmt: skip
-"""Layouts of tensors as Transformers' modules hold them, row-major, and bytes of an element."""
-
 _CHUNK = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A byte range: of a file, or of a slab. layout: of ``layout.LAYOUTS``, ``vector``, or one of ``RAW``."""
-
-    offset: int
-    nbytes: int
-    layout: str
-    shape: Shape
-
-    def array(self, data: Bytes) -> npt.NDArray[Any]:
-        """Its values: float32 of a matrix or vector; uint8 of a raw tensor, whose type numpy may not know."""
-        if self.layout in LAYOUTS:
-            return unpack(data, self.layout, *self.shape)
-        flat = data[: self.nbytes]
-        return flat if self.layout in RAW else flat.view(np.float32).reshape(self.shape)
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSlabs:
-    """The experts of a layer: slab of expert e is at ``offset + e * stride`` of the experts' file.
-
-    Attributes:
-        nbytes: of a slab without the padding behind it. parts: gate, up, down and biases, offsets inside a slab.
-    """
-
-    num: int
-    offset: int
-    stride: int
-    nbytes: int
-    parts: Mapping[str, Piece]
 
 
 class Packed:
@@ -96,20 +72,21 @@ class Packed:
         """
         folder = Path(path)
         where = str(folder / INDEX)
-        found = _object(_read_index(folder / INDEX), where)
-        if found.get("format") != FORMAT or found.get("version") != VERSION:
+        found = object_of(_read_index(folder / INDEX), where)
+        version = found.get("version")
+        if found.get("format") != FORMAT or type(version) is not int or not OLDEST <= version <= VERSION:
             raise LoadError(
-                f"{where}: format {found.get('format')!r:.40} version {found.get('version')!r:.40}; this version reads "
-                f"{FORMAT} {VERSION}: pack the model again"
+                f"{where}: format {found.get('format')!r:.40} version {version!r:.40}; this version reads "
+                f"{FORMAT} {OLDEST} to {VERSION}: pack the model again"
             )
-        _keys(found, {"format", "version", "model", "files", "tensors", "experts", "notes"}, where)
+        check_keys(found, {"format", "version", "model", "files", "tensors", "experts", "notes"}, where)
         files = _files(found["files"], folder, where)
         try:
-            model = ModelSpec.parse(_object(found["model"], f"{where}: model"), where=f"{where}: model")
+            model = ModelSpec.parse(object_of(found["model"], f"{where}: model"), where=f"{where}: model")
         except (ConfigError, RecursionError) as error:
             raise LoadError(f"{error or where}") from None
         tensors = _tensors(found["tensors"], files[RESIDENT][0], where)
-        experts = _experts(found["experts"], files[EXPERTS][0], where)
+        experts = experts_of(found["experts"], files[EXPERTS][0], where)
         _fit(model, tensors, experts, where)
         return cls(folder, model, tensors, experts, files)
 
@@ -118,7 +95,7 @@ class Packed:
         there = self.experts[layer]
         if not 0 <= expert < there.num:
             raise IndexError(f"layer {layer} has no expert {expert}; it has 0 to {there.num - 1}")
-        return there.offset + expert * there.stride, there.stride
+        return there.place(expert)
 
     def keys(self, layer: int, ids: Iterable[int]) -> list[Key]:
         """(layer, expert) of experts.
@@ -246,33 +223,13 @@ def _read_index(path: Path) -> Any:
         raise LoadError(f"{path}: is not valid JSON ({str(error)[:100]})") from None
 
 
-def _object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise LoadError(f"{where}: expected an object, found {value!r:.60}")
-    return value
-
-
-def _keys(value: dict[str, Any], names: set[str], where: str) -> None:
-    for name in sorted(names - value.keys()):
-        raise LoadError(f"{where}: has no {name}")
-    for name in sorted(value.keys() - names):
-        raise LoadError(f"{where}: has an unknown key {name!r:.60}")
-
-
-def _whole(value: Any, where: str, least: int = 0, of: int = 1) -> int:
-    if type(value) is not int or not least <= value <= MAX_BYTES or value % of:
-        what = f" and a multiple of {of}" if of > 1 else ""
-        raise LoadError(f"{where}: {value!r:.60} is no whole number from {least} to 2^50{what}")
-    return value
-
-
 def _files(value: Any, folder: Path, where: str) -> dict[str, tuple[int, str]]:
-    entries = _object(value, f"{where}: files")
-    _keys(entries, {RESIDENT, EXPERTS}, f"{where}: files")
+    entries = object_of(value, f"{where}: files")
+    check_keys(entries, {RESIDENT, EXPERTS}, f"{where}: files")
     found: dict[str, tuple[int, str]] = {}
     for name, entry in entries.items():
-        _keys(_object(entry, f"{where}: {name}"), {"size", "sha256"}, f"{where}: {name}")
-        size = _whole(entry["size"], f"{where}: size of {name}")
+        check_keys(object_of(entry, f"{where}: {name}"), {"size", "sha256"}, f"{where}: {name}")
+        size = whole(entry["size"], f"{where}: size of {name}")
         if not isinstance(entry["sha256"], str) or len(entry["sha256"]) != 64:
             raise LoadError(f"{where}: {name} has no sha256")
         with _opened(folder / name) as descriptor:
@@ -283,69 +240,14 @@ def _files(value: Any, folder: Path, where: str) -> dict[str, tuple[int, str]]:
     return found
 
 
-def _piece(value: Any, where: str, *, of: int) -> Piece:
-    entry = _object(value, where)
-    _keys(entry, {"offset", "nbytes", "layout", "shape"}, where)
-    shape, layout = entry["shape"], entry["layout"]
-    if not isinstance(shape, list) or not 1 <= len(shape) <= 8:
-        raise LoadError(f"{where}: shape {shape!r:.60} is no list of 1 to 8 numbers")
-    dims = tuple(_whole(dim, f"{where}: shape", least=1) for dim in shape)
-    offset, nbytes = _whole(entry["offset"], f"{where}: offset", of=of), _whole(entry["nbytes"], f"{where}: nbytes", 1)
-    total = 1
-    for dim in dims:
-        total *= dim
-    if total > MAX_BYTES:
-        raise LoadError(f"{where}: {total} values are too many")
-    if layout in LAYOUTS and len(dims) == 2:
-        needed = matrix_bytes(layout, *dims)
-    elif layout == VECTOR and len(dims) == 1:
-        needed = 4 * total
-    elif isinstance(layout, str) and layout in RAW:
-        needed = RAW[layout] * total
-    else:
-        raise LoadError(f"{where}: layout {layout!r:.40} of {len(dims)} axes is not known")
-    if nbytes != needed:
-        raise LoadError(f"{where}: {layout} {list(dims)} takes {needed} bytes, {INDEX} says {nbytes}")
-    return Piece(offset, nbytes, layout, dims)
-
-
-def _apart(ranges: Iterable[tuple[int, int, str]], size: int, where: str) -> None:
-    """Raise LoadError where ranges (start, bytes, name) overlap or leave [0, size)."""
-    end, before = 0, ""
-    for start, nbytes, name in sorted(ranges):
-        if start < end:
-            raise LoadError(f"{where}: {name} at {start} overlaps {before}, which ends at {end}")
-        end, before = start + nbytes, name
-    if end > size:
-        raise LoadError(f"{where}: {before} ends at {end}, after the end at {size}")
-
-
 def _tensors(value: Any, size: int, where: str) -> dict[str, Piece]:
     found: dict[str, Piece] = {}
-    for name, raw in _object(value, f"{where}: tensors").items():
-        entry = dict(_object(raw, f"{where}: tensor {name!r:.80}"))
+    for name, raw in object_of(value, f"{where}: tensors").items():
+        entry = dict(object_of(raw, f"{where}: tensor {name!r:.80}"))
         if entry.pop("file", None) != RESIDENT:
             raise LoadError(f"{where}: tensor {name!r:.80} is not in {RESIDENT}")
-        found[name] = _piece(entry, f"{where}: tensor {name!r:.80}", of=PAGE)
-    _apart(((p.offset, p.nbytes, name) for name, p in found.items()), size, f"{where}: {RESIDENT}")
-    return found
-
-
-def _experts(value: Any, size: int, where: str) -> dict[int, LayerSlabs]:
-    found: dict[int, LayerSlabs] = {}
-    for key, raw in _object(value, f"{where}: experts").items():
-        here = f"{where}: experts of layer {key!r:.20}"
-        if not (key.isascii() and key.isdecimal() and str(int(key[:10])) == key):
-            raise LoadError(f"{here}: no number of a layer")
-        entry = _object(raw, here)
-        _keys(entry, {"num", "offset", "stride", "parts"}, here)
-        parts = {name: _piece(p, f"{here}: {name}", of=64) for name, p in _object(entry["parts"], here).items()}
-        stride = _whole(entry["stride"], f"{here}: stride", PAGE, of=PAGE)
-        _apart(((p.offset, p.nbytes, name) for name, p in parts.items()), stride, f"{here}: slab")
-        nbytes = max((p.offset + p.nbytes for p in parts.values()), default=0)
-        num, offset = _whole(entry["num"], f"{here}: num", 1), _whole(entry["offset"], f"{here}: offset", of=PAGE)
-        found[int(key)] = LayerSlabs(num, offset, stride, nbytes, parts)
-    _apart(((s.offset, s.num * s.stride, f"layer {i}") for i, s in found.items()), size, f"{where}: {EXPERTS}")
+        found[name] = piece_of(entry, f"{where}: tensor {name!r:.80}", of=PAGE)
+    check_apart(((p.offset, p.nbytes, name) for name, p in found.items()), size, f"{where}: {RESIDENT}")
     return found
 
 
@@ -356,12 +258,15 @@ def _fit(model: ModelSpec, tensors: Mapping[str, Piece], experts: Mapping[int, L
         raise LoadError(f"{where}: experts of layers {sorted(experts)}, the settings say {sorted(routed)}")
     for index in routed:
         layer, there = model.layers[index], experts[index]
-        shapes = {name: piece.shape for name, piece in there.parts.items()}
-        if there.num != layer.experts or shapes != layer.parts(model.hidden):
-            raise LoadError(
-                f"{where}: layer {index} has {there.num} experts of {shapes}, the settings say {layer.experts} of "
-                f"{layer.parts(model.hidden)}"
-            )
+        for parts in [kind.parts for kind in there.kinds] or [there.parts]:
+            shapes = {name: piece.shape for name, piece in parts.items()}
+            if there.num != layer.experts or shapes != layer.parts(model.hidden):
+                raise LoadError(
+                    f"{where}: layer {index} has {there.num} experts of {shapes}, the settings say {layer.experts} of "
+                    f"{layer.parts(model.hidden)}"
+                )
+            if any(piece.layout == CODED for piece in parts.values()) and not model.ternary:
+                raise LoadError(f"{where}: layer {index} has coded ternary experts, the model no table of their words")
     if model.dialect == "modules":
         return
     wanted = model.tensors()
@@ -369,7 +274,8 @@ def _fit(model: ModelSpec, tensors: Mapping[str, Piece], experts: Mapping[int, L
         raise LoadError(f"{where}: tensor {name!r:.80} is {'missing' if name in wanted else 'not called for'}")
     for name, shape in wanted.items():
         piece = tensors[name]
-        if piece.shape != shape or piece.layout in RAW:
+        table = name == TERNARY_WORDS
+        if piece.shape != shape or (piece.layout in RAW or piece.layout == CODED) != table:
             raise LoadError(
                 f"{where}: tensor {name} is {piece.layout} {list(piece.shape)}, the settings say {list(shape)}"
             )

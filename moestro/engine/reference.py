@@ -91,6 +91,8 @@ class ReferenceForward(Forward):
             for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
                 cache.update(_gathered(keys, pages)[:, :, :start], _gathered(values, pages)[:, :, :start], layer)
         edit = self.overrides[0 if batch.routes is None else int(batch.routes[rows[0]])]
+        if edit is not None:
+            edit.positions = batch.positions[rows]
         recorder = None if self.on_route is None else _Recorder(self.on_route, self.mixtures)
         position = torch.arange(start, start + count)[None]
         tokens = torch.from_numpy(batch.tokens[rows].astype(np.int64))[None]
@@ -177,12 +179,28 @@ def _edit(route: Route, layer_of: dict[str, int]) -> Any:
     from moestro.core.session import Edit
 
     class Follow(Edit):
+        positions: Any = None
+
         def on_routing(self, site: str, routing: Any, router: Any, ctx: Any) -> Any:
             if route.layers is not None and layer_of.get(site) not in route.layers:
                 return routing
+            if route.kind == "ratio":
+                return _thinned(route, layer_of.get(site, -1), routing, router, self.positions)
             return _followed(route, routing, router)
 
     return Follow()
+
+
+def _thinned(route: Route, layer: int, routing: Any, router: Any, positions: Any) -> Any:
+    import torch
+
+    if routing.top_k is None or routing.scores is None:
+        raise ConfigError(f"the route {route} needs a router with scores that gives every token as many experts")
+    ratio_K = torch.from_numpy(route.ratios_of(layer, routing.top_k))
+    drop_TK = routing.weight_TK < ratio_K * routing.weight_TK[:, :1]
+    if route.first and positions is not None:
+        drop_TK &= torch.from_numpy(positions >= route.first)[:, None]
+    return routing.without(drop_TK, router.weigh)
 
 
 def _followed(route: Route, routing: Any, router: Any) -> Any:

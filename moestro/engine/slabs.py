@@ -172,10 +172,11 @@ def load_all(packed: Packed) -> tuple[list[Slot], dict[int, npt.NDArray[np.int64
     kept, addresses = [], {}
     try:
         for layer, there in packed.experts.items():
-            slot = Slot(there.num * there.stride)
+            slot = Slot(there.size)
             file.read(there.offset, slot.view)
             kept.append(slot)
-            addresses[layer] = slot.address + there.stride * np.arange(there.num, dtype=np.int64)
+            starts = np.array([there.place(expert)[0] for expert in range(there.num)], dtype=np.int64)
+            addresses[layer] = slot.address + starts - there.offset
     finally:
         file.close()
     return kept, addresses

@@ -91,7 +91,7 @@ class ExpertStore:
         keys = self.packed.keys(layer, ids)
         with self._change:
             self._step(layer, keys)
-            parts = list(waves(self.cache, keys, self.packed.experts[layer].stride))
+            parts = list(waves(self.cache, keys, lambda key: self.packed.slab(*key)[1]))
         for part in parts:
             with self._change:
                 lease = self._lease(part)
@@ -213,7 +213,7 @@ class ExpertStore:
             StoreError: they never can.
         """
         mine = set(keys)
-        needed = sum(self.packed.experts[layer].stride for layer, _ in keys)
+        needed = sum(self.packed.slab(*key)[1] for key in keys)
         if needed > self.cache.budget:
             raise StoreError(
                 f"{self.packed.path}: {len(keys)} experts take {needed:,} bytes, the budget is {self.cache.budget:,}; "
@@ -238,7 +238,7 @@ class ExpertStore:
 
     def _begin(self, key: Key, *, ahead: bool) -> Entry:
         """Take a slot; the caller has made sure that there is room. The read itself holds the key."""
-        size = self.packed.experts[key[0]].stride
+        size = self.packed.slab(*key)[1]
         gone = self.cache.make_room(size, ahead=ahead)
         assert gone is not None
         for old in gone:
@@ -294,7 +294,7 @@ class ExpertStore:
                     entry: Entry = work
                     if entry.error is None:
                         return entry
-                elif work not in self._entries and self.cache.room(ahead=True) >= self.packed.experts[work[0]].stride:
+                elif work not in self._entries and self.cache.room(ahead=True) >= self.packed.slab(*work)[1]:
                     return self._begin(work, ahead=True)
                 else:
                     self.counters.cancelled += 1

@@ -289,8 +289,36 @@ void Model::route_rows_of(int target, int from, int to, const float* own, int th
   }
   for (int r = from; r < to; ++r) {
     if (l.router_bias) k_->add(scores + r * ld, floats(l.router_bias), l.experts, 1.0f);
-    choose_row(l, scores + r * ld, chosen_[target].data() + (size_t)r * l.top_k, weighed_[target].data() + (size_t)r * l.top_k);
+    int32_t* ids = chosen_[target].data() + (size_t)r * l.top_k;
+    float* weights = weighed_[target].data() + (size_t)r * l.top_k;
+    choose_row(l, scores + r * ld, ids, weights);
+    if (!thin_rows_.empty() && thin_rows_[r]) thin_row(l, thin_.data() + (size_t)target * thin_ranks_, ids, weights);
   }
+}
+
+void Model::thin(const float* ratios, int ranks, const int32_t* rows) {
+  thin_.assign(ratios, ratios + spec_.layers.size() * ranks);
+  thin_ranks_ = ranks;
+  thin_rows_.assign(rows, rows + step_.rows);
+}
+
+// Leaves out the experts of rank j that weigh less than ratios[j] times the first; the others weigh anew.
+void Model::thin_row(const LayerSpec& l, const float* ratios, int32_t* ids, float* weights) {
+  bool lost = false;
+  float sum = 0;
+  for (int j = 0; j < l.top_k; ++j) {
+    const float least = ratios[j] * weights[0];
+    if (j && weights[j] < least) {
+      lost = true;
+      ids[j] = -1;
+    } else {
+      sum += weights[j];
+    }
+  }
+  if (!lost) return;
+  const bool anew = l.renormalise || l.router_kind == TOPK_SOFTMAX;
+  for (int j = 0; j < l.top_k; ++j)
+    weights[j] = ids[j] < 0 ? 0.0f : anew ? weights[j] / sum * l.route_scale : weights[j];
 }
 
 // The n highest, best first; equal values go to the lower index.

@@ -47,7 +47,7 @@ void Model::plan_items(int layer, const int32_t* ids, const uintptr_t* slabs, in
   size_t next = next_;
   for (int i = 0; i < count; ++i) {
     const int e = ids[i], rows = first_[e + 1] - first_[e];
-    Ffn f = l.expert;
+    Ffn f = l.of(e);
     f.gate = placed(f.gate, slabs[i]);
     f.up = placed(f.up, slabs[i]);
     f.down = placed(f.down, slabs[i]);

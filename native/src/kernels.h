@@ -13,10 +13,11 @@ constexpr int kLanes = 16;   // output rows of a block; lanes of a vector; posit
 constexpr int kGroup = 64;   // inputs of a block: they share one scale
 constexpr int kFewRows = 8;  // up to here weights are read as stored; above, unpacked once for all rows
 
-enum Layout : int { F32 = 0, F16 = 1, Q8 = 2, Q4 = 3, Q3 = 4, Q2 = 5, Q1 = 6 };
+enum Layout : int { F32 = 0, F16 = 1, Q8 = 2, Q4 = 3, Q3 = 4, Q2 = 5, Q1 = 6, S1 = 7, T1 = 8 };
 
 constexpr bool is_quantised(int layout) { return layout >= Q8; }
-// Bytes of one block of 16 x 64 weights. 16 half-precision scales follow the codes; 3, 2 and 1 bits add 16 zero points.
+// Bytes of one block of 16 x 64 weights, but for T1, whose row blocks differ in size: see "ternary.inc". 16 half-precision scales follow the codes; 3, 2 and 1 bits
+// add 16 zero points, but for S1, whose codes 0 and 1 mean -1 and 1.
 constexpr size_t block_bytes(int layout) {
   return layout == F32   ? 4096
          : layout == F16 ? 2048
@@ -24,7 +25,8 @@ constexpr size_t block_bytes(int layout) {
          : layout == Q4  ? 512 + 32
          : layout == Q3  ? 384 + 48
          : layout == Q2  ? 256 + 48
-                         : 128 + 48;
+         : layout == Q1  ? 128 + 48
+                         : 128 + 32;
 }
 constexpr size_t code_bytes(int layout) {
   return layout == Q8 ? 1024 : layout == Q4 ? 512 : layout == Q3 ? 384 : layout == Q2 ? 256 : 128;
@@ -73,6 +75,10 @@ struct Kernels {
   // groups * (1024 + 64) bytes, 64-aligned.
   void (*block)(int layout, const uint8_t* w, const QRows& x, const int32_t* index, int rows, float* y, size_t ldy,
                 uint8_t* panel);
+  // The same for a row block of coded ternary weights that ends before `end`; `words`: see "ternary.inc". NaN where the
+  // block is damaged.
+  void (*coded)(const uint8_t* w, const uint8_t* end, const uint64_t* words, const QRows& x, const int32_t* index, int rows,
+                float* y, size_t ldy, uint8_t* panel);
   // The same for float layouts over `blocks` row blocks; block b writes to y + b * 16.
   void (*block_float)(int layout, const uint8_t* w, int k, const float* x, size_t ldx, const int32_t* index, int rows,
                       int blocks, float* y, size_t ldy);

@@ -61,7 +61,7 @@ void Model::check() const {
     if (!ok) throw std::invalid_argument(what);
   };
   const auto fits = [&](const Matrix& m, int n, int k, const char* what) {
-    need(m.n == n && m.k == k && m.layout >= F32 && m.layout <= Q1, what);
+    need(m.n == n && m.k == k && m.layout >= F32 && m.layout <= T1, what);
   };
   need(spec_.hidden > 0 && spec_.heads > 0 && spec_.kv_heads > 0 && spec_.vocab > 0 && spec_.pages > 0, "sizes must be positive");
   need(spec_.heads % spec_.kv_heads == 0, "heads must be a multiple of kv_heads");
@@ -94,6 +94,12 @@ void Model::check() const {
       need(l.top_groups * (l.experts / l.groups) >= l.top_k, "router groups: fewer experts open than top_k");
       need(l.slabs.empty() || (int)l.slabs.size() == l.experts, "slabs: not one address per expert");
       ffn(l.expert, "expert matrices do not fit");
+      for (const Ffn& f : l.kinds) {
+        ffn(f, "expert matrices do not fit");
+        need(f.up.n == l.expert.up.n && f.act == l.expert.act, "experts of different forms");
+      }
+      need(l.kinds.empty() || (int)l.kind_of.size() == l.experts, "kinds: not one for each expert");
+      for (int kind : l.kind_of) need(kind >= 0 && kind < (int)l.kinds.size(), "kinds: no such kind");
     }
     need(l.experts || l.shared.up.given(), "a layer needs experts or a dense block");
     if (l.shared.up.given()) ffn(l.shared, "shared matrices do not fit");
@@ -117,6 +123,7 @@ void Model::begin(const int32_t* tokens, const int32_t* positions, const int32_t
     ++count[rows_of[r]];
   }
   step_.rows = rows;
+  thin_rows_.clear();
   normed_of_ = -1;
   for (auto& ids : chosen_) ids.clear();
   step_.tokens.assign(tokens, tokens + rows);
@@ -190,13 +197,12 @@ void Model::put(const QRows& q, int row, int group, const float* x, int k) {
 void Model::linear(const Matrix& m, const QRows& q, const float* x, size_t ldx, const int32_t* index, int rows, int from,
                    int to, float* out, size_t ldo, Scratch& s) {
   if (from >= to) return;
-  const uint8_t* w = m.data() + from * m.block_row();
   if (!is_quantised(m.layout)) {
-    k_->block_float(m.layout, w, m.k, x, ldx, index, rows, to - from, out + from * 16, ldo);
+    k_->block_float(m.layout, m.data() + from * m.block_row(), m.k, x, ldx, index, rows, to - from, out + from * 16, ldo);
     return;
   }
   uint8_t* panel = s.panel.get<uint8_t>((size_t)q.groups * (1024 + 64));
-  for (int b = from; b < to; ++b, w += m.block_row()) k_->block(m.layout, w, q, index, rows, out + b * 16, ldo, panel);
+  for (int b = from; b < to; ++b) m.multiply(*k_, b, q, index, rows, out + b * 16, ldo, panel);
 }
 
 void Model::raise_if_bad(const char* where, int layer) {

@@ -14,14 +14,27 @@ namespace moestro {
 struct Matrix {
   int layout = F32, n = 0, k = 0;
   uintptr_t at = 0;
+  size_t size = 0;      // T1: bytes, and the table of its words; the matrix begins with the uint32 offsets of its row
+  uintptr_t words = 0;  // blocks and of its end
   bool given() const { return n > 0; }
   int blocks() const { return (n + kLanes - 1) / kLanes; }
   int groups() const { return (k + kGroup - 1) / kGroup; }
   size_t block_row() const {  // bytes of one row block
     return is_quantised(layout) ? groups() * block_bytes(layout) : (size_t)k * 16 * (layout == F32 ? 4 : 2);
   }
-  size_t bytes() const { return blocks() * block_row(); }
+  size_t bytes() const { return layout == T1 ? size : blocks() * block_row(); }
   const uint8_t* data() const { return reinterpret_cast<const uint8_t*>(at); }
+  // Row block b, 16 columns of y, for layouts of integers.
+  void multiply(const Kernels& k, int b, const QRows& x, const int32_t* index, int rows, float* y, size_t ldy,
+                uint8_t* panel) const {
+    if (layout != T1) return k.block(layout, data() + b * block_row(), x, index, rows, y, ldy, panel);
+    const uint32_t* starts = reinterpret_cast<const uint32_t*>(at);
+    size_t from = starts[b], to = starts[b + 1];
+    if (to > size || from > to || to - from < 96) from = to = 0;
+    static const uint8_t damaged[98] = {0};
+    if (to) k.coded(data() + from, data() + to, reinterpret_cast<const uint64_t*>(words), x, index, rows, y, ldy, panel);
+    else k.coded(damaged, damaged, nullptr, x, index, rows, y, ldy, panel);
+  }
 };
 
 struct Ffn {
@@ -47,6 +60,9 @@ struct LayerSpec {
   float route_scale = 1;
   int experts = 0;
   Ffn expert;  // addresses are offsets into a slab
+  std::vector<Ffn> kinds;  // the same where slabs differ: expert e is as kinds[kind_of[e]] says
+  std::vector<int> kind_of;
+  const Ffn& of(int e) const { return kinds.empty() ? expert : kinds[kind_of[e]]; }
   Ffn shared;  // shared experts, or the whole dense block
   Matrix shared_gate;  // [1, hidden]: the shared branch weighs sigmoid(x . gate)
   std::vector<uintptr_t> slabs;  // address of each expert when all are resident
@@ -99,6 +115,8 @@ class Model {
   // Contributions of `count` experts (ascending ids) whose slabs are at `slabs`, for routes [rows, width].
   void routes(int layer, const int32_t* ids, const float* weights, int width);
   void experts(int layer, const int32_t* ids, const uintptr_t* slabs, int count);
+  // For this step: rows that are not 0 leave out experts by ratios [layers, ranks] of their weights to the first one's.
+  void thin(const float* ratios, int ranks, const int32_t* rows);
   void finish(int layer);
   void run(int from, int to);  // layers whose slabs are all resident
   void logits(const int32_t* want, int count, float* out);
@@ -138,6 +156,7 @@ class Model {
   void attend_all(int layer, int thread);
   void route_rows(int layer, int thread);
   void route_rows_of(int target, int from, int to, const float* own, int thread);
+  void thin_row(const LayerSpec& l, const float* ratios, int32_t* ids, float* weights);
   void choose_row(const LayerSpec& l, float* logits, int32_t* ids, float* weights);
   void experts_body(bool last, int thread);
   void hidden_unit(const Item& item, int thread, int from, int to);
@@ -171,6 +190,9 @@ class Model {
   Buffer b_x, b_normed, b_mixed, b_qkv, b_heads, b_turn, b_projected, b_logits, b_peek, b_hidden, b_hidden_floats;
   Buffer b_in[3], b_mid[3], b_flat[3];
   std::vector<Buffer> b_scores;  // one for all layers that route themselves, then one for each that is routed ahead
+  std::vector<float> thin_;
+  std::vector<int32_t> thin_rows_;
+  int thin_ranks_ = 0;
   std::vector<std::vector<int32_t>> chosen_;
   std::vector<std::vector<float>> weighed_;
   // Routes of the layer in work, grouped by expert.

@@ -87,7 +87,7 @@ static Out2<float> linear(const Matrix& m, In2<float> x, int tiles) {
       uint8_t* scratch = panel.get<uint8_t>((size_t)groups * (1024 + 64));
       k->enter();
       for (int b = 0; b < m.blocks(); ++b)
-        k->block(m.layout, m.data() + b * m.block_row(), q, nullptr, rows, padded.data() + b * 16, ld, scratch);
+        m.multiply(*k, b, q, nullptr, rows, padded.data() + b * 16, ld, scratch);
       k->leave();
     }
   }
@@ -128,8 +128,11 @@ NB_MODULE(_native, m) {
   m.attr("PAGE") = kLanes;
 
   nb::class_<Matrix>(m, "Matrix")
-      .def("__init__", [](Matrix* self, int layout, int n, int k, uintptr_t at) { new (self) Matrix{layout, n, k, at}; },
-           nb::arg("layout"), nb::arg("n"), nb::arg("k"), nb::arg("at"))
+      .def("__init__",
+           [](Matrix* self, int layout, int n, int k, uintptr_t at, size_t size, uintptr_t words) {
+             new (self) Matrix{layout, n, k, at, size, words};
+           },
+           nb::arg("layout"), nb::arg("n"), nb::arg("k"), nb::arg("at"), nb::arg("size") = 0, nb::arg("words") = 0)
       .def(nb::init<>())
       .def_ro("layout", &Matrix::layout).def_ro("n", &Matrix::n).def_ro("k", &Matrix::k).def_ro("at", &Matrix::at)
       .def_prop_ro("nbytes", &Matrix::bytes);
@@ -144,7 +147,7 @@ NB_MODULE(_native, m) {
       RW(LayerSpec, router) RW(LayerSpec, router_bias) RW(LayerSpec, select_bias) RW(LayerSpec, router_kind)
       RW(LayerSpec, top_k) RW(LayerSpec, groups) RW(LayerSpec, top_groups) RW(LayerSpec, ahead) RW(LayerSpec, renormalise)
       RW(LayerSpec, route_scale) RW(LayerSpec, experts) RW(LayerSpec, expert) RW(LayerSpec, shared)
-      RW(LayerSpec, shared_gate) RW(LayerSpec, slabs);
+      RW(LayerSpec, shared_gate) RW(LayerSpec, slabs) RW(LayerSpec, kinds) RW(LayerSpec, kind_of);
   nb::class_<ModelSpec>(m, "ModelSpec").def(nb::init<>())
       RW(ModelSpec, hidden) RW(ModelSpec, heads) RW(ModelSpec, kv_heads) RW(ModelSpec, head_dim) RW(ModelSpec, vocab)
       RW(ModelSpec, pages) RW(ModelSpec, rotary) RW(ModelSpec, layer_norm) RW(ModelSpec, rope_interleaved)
@@ -197,6 +200,15 @@ NB_MODULE(_native, m) {
            nb::arg("layer"), nb::arg("other"),
            "router logits float32 [R, experts] of layer `other` for what the experts of `layer` are given; before the next"
            " layer's attention")
+      .def("thin",
+           [](Model& s, In2<float> ratios, In1<int32_t> rows) {
+             for (const LayerSpec& l : s.spec().layers)
+               if ((int)ratios.shape(1) < l.top_k) throw std::invalid_argument("thin: fewer ranks than experts a token");
+             if (ratios.shape(0) != s.spec().layers.size() || (int)rows.shape(0) != s.rows())
+               throw std::invalid_argument("thin: ratios must be [layers, ranks], rows [rows]");
+             s.thin(ratios.data(), (int)ratios.shape(1), rows.data());
+           },
+           nb::arg("ratios"), nb::arg("rows"), "Rows that are not 0 leave out experts in this step, after begin")
       .def("routes",
            [](Model& s, int layer, In2<int32_t> ids, In2<float> weights) {
              if ((int)ids.shape(0) != s.rows() || weights.shape(0) != ids.shape(0) || weights.shape(1) != ids.shape(1))

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-CODES = {"q8": (128, 8), "q4": (8, 4), "q3": (None, 3), "q2": (None, 2), "q1": (None, 1)}  # offset, bits
+CODES = {"q8": (128, 8), "q4": (8, 4), "q3": (None, 3), "q2": (None, 2), "q1": (None, 1), "s1": (0, 1)}  # offset, bits
 
 
 def aligned(nbytes: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def pack_bits(codes: np.ndarray, layout: str) -> np.ndarray:
         return codes.astype(np.uint8)
     if layout == "q4":
         return planes(codes, 512, 4, 0)
-    if layout == "q1":
+    if layout in ("q1", "s1"):
         return planes(codes, 128, 1, 0)
     low = planes(codes, 256, 2, 0)
     return low if layout == "q2" else np.concatenate([low, planes(codes, 128, 1, 2)], axis=-1)
@@ -52,7 +52,9 @@ def pack(weight: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
     padded[:n, :k] = weight
     block = padded.reshape(rows, 16, groups, 64).transpose(0, 2, 1, 3)  # [row block, group, 16, 64]
     top = (1 << bits) - 1
-    if offset is not None:
+    if layout == "s1":
+        scale, zero = np.abs(block).mean(-1).astype(np.float16), np.full(block.shape[:-1], 0.5)
+    elif offset is not None:
         scale = (np.abs(block).max(-1) / (offset - 1)).astype(np.float16)
         zero = np.full(scale.shape, offset)
     else:
@@ -61,7 +63,7 @@ def pack(weight: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
         zero = np.where(scale > 0, np.round(-low / np.maximum(scale.astype(np.float32), 1e-9)), 0).clip(0, top)
     wide = scale.astype(np.float32)[..., None]
     codes = np.where(wide > 0, np.round(block / np.where(wide > 0, wide, 1)), 0) + zero[..., None]
-    codes = codes.clip(0, top).astype(np.uint8)
+    codes = (block >= 0 if layout == "s1" else codes.clip(0, top)).astype(np.uint8)
     stored = codes.reshape(rows, groups, 16, 16, 4).transpose(0, 1, 3, 2, 4).reshape(rows, groups, 1024)
     parts = [pack_bits(stored, layout), np.ascontiguousarray(scale).view(np.uint8).reshape(rows, groups, 32)]
     if offset is None:
@@ -69,5 +71,5 @@ def pack(weight: np.ndarray, layout: str) -> tuple[np.ndarray, np.ndarray]:
     flat = np.ascontiguousarray(np.concatenate(parts, axis=-1)).reshape(-1)
     data = aligned(flat.size)
     data[:] = flat
-    back = wide * (codes.astype(np.float32) - zero[..., None])
+    back = wide * (codes.astype(np.float32) - zero[..., None]) * (2 if layout == "s1" else 1)
     return data, back.transpose(0, 2, 1, 3).reshape(rows * 16, groups * 64)[:n, :k]

@@ -13,6 +13,9 @@ from tests.engine.models import matrix
 from tests.engine.packing import pack
 
 
+PLAIN = [layout for layout in LAYOUTS if layout != "t1"]  # see test_ternary.py
+
+
 def every_isa() -> list[Kernels]:
     pytest.importorskip("moestro_native", reason="the native wheel is not installed: pip install ./native")
     best = choose("native")
@@ -23,14 +26,14 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PLAIN)
 @pytest.mark.parametrize(("n", "k"), [(16, 64), (50, 200), (33, 1000)])
 def test_the_twin_multiplies_by_the_weights_that_were_packed(layout: str, n: int, k: int) -> None:
     rng = np.random.default_rng(n + k)
     weight = rng.standard_normal((n, k)).astype(np.float32)
     data, stands_for = pack(weight, layout)
     x = rng.standard_normal((5, k)).astype(np.float32)
-    if layout.startswith("q"):
+    if not layout.startswith("f"):
         codes, scale = quantise(x)
         seen = (codes * scale[..., None]).reshape(5, -1)[:, :k]
     else:
@@ -40,7 +43,7 @@ def test_the_twin_multiplies_by_the_weights_that_were_packed(layout: str, n: int
     assert np.abs(got - expected).max() <= 2e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", PLAIN)
 def test_every_instruction_set_and_row_count_gives_the_same_bits_and_the_twin_agrees(layout: str) -> None:
     rng = np.random.default_rng(3)
     made = matrix(rng, layout, 50, 200)

@@ -90,7 +90,7 @@ def test_large_matrices_are_packed_in_parts_without_a_seam() -> None:
 def test_groups_of_zeros_and_the_largest_weight() -> None:
     weight = np.zeros((3, 128), np.float32)
     weight[1, 5], weight[2, 70] = 3.0, -5.0
-    for name in lay.LAYOUTS:
+    for name in set(lay.LAYOUTS) - {"s1"}:
         back = lay.unpack(lay.pack(weight, name), name, 3, 128)
         assert not back[0].any()
         assert np.allclose(back, weight, rtol=1e-3), name
@@ -115,3 +115,16 @@ def test_groups_of_zeros_and_the_largest_weight() -> None:
 def test_what_does_not_fit_is_refused(call, words: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_signs_times_the_mean_of_a_group() -> None:
+    weight = np.random.default_rng(1).standard_normal((19, 100)).astype(np.float32)
+    data = lay.pack(weight, "s1")
+    assert len(data) == lay.matrix_bytes("s1", 19, 100) == 2 * 2 * 160
+    mean = np.stack([np.abs(weight[:, :64]).mean(1), np.abs(weight[:, 64:]).mean(1)], 1).astype(np.float16)
+    signs = np.where(weight >= 0, np.float32(1), np.float32(-1))
+    assert np.array_equal(lay.unpack(data, "s1", 19, 100), signs * np.repeat(mean.astype(np.float32), 64, 1)[:, :100])
+    codes, scale, _ = lay.codes_of(data, "s1", 19, 100)
+    assert np.array_equal(codes, weight >= 0)
+    assert np.array_equal(data, lay.pack_codes(codes, scale, None, "s1"))
+    assert not lay.unpack(data, "s1", 32, 100)[19:].any()

@@ -63,7 +63,7 @@ Q = ("tensors", "layers.0.q")
 E = ("experts", "0")
 HOSTILE: dict[str, tuple[Callable[[Index], Any], str]] = {
     "another format": (put("format", "gguf"), "format 'gguf' version 1; this version reads moestro-pack 1"),
-    "another version": (put("version", 2), "pack the model again"),
+    "another version": (put("version", 3), "pack the model again"),
     "no model": (lambda v: v.pop("model"), "has no model"),
     "unknown key": (put("extra", 1), "unknown key 'extra'"),
     "offset 2^63": (put(*Q, "offset", 1 << 63), "no whole number from 0 to 2"),

@@ -20,12 +20,13 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 Addresses = npt.NDArray[np.int64]
 
-LAYOUTS = ("f32", "f16", "q8", "q4", "q3", "q2", "q1")
+LAYOUTS = ("f32", "f16", "q8", "q4", "q3", "q2", "q1", "s1", "t1")
 LANES = 16
 GROUP = 64
-CODE_BYTES = {"q8": 1024, "q4": 512, "q3": 384, "q2": 256, "q1": 128}
+CODE_BYTES = {"q8": 1024, "q4": 512, "q3": 384, "q2": 256, "q1": 128, "s1": 128}
 # What stands for zero; layouts without a fixed offset store 16 zero points behind the 16 scales of a block.
 OFFSETS = {"q8": 128, "q4": 8}
+# Codes 0 and 1 of s1 mean -1 and 1 times the scale. t1: see ``moestro.engine.ternary``; its matrices differ in size.
 ACTIVATIONS = ("silu", "gelu_tanh", "relu", "identity", "gelu")
 ROUTERS = ("softmax_topk", "topk_softmax", "sigmoid_bias")
 
@@ -36,6 +37,7 @@ class Matrix:
 
     Attributes:
         data: uint8, starts at a multiple of 64; None inside a slab. offset: bytes from the start of the slab.
+        size: bytes of a t1 matrix. words: its table of strings, uint64 [65536].
     """
 
     layout: str
@@ -43,12 +45,16 @@ class Matrix:
     k: int
     data: npt.NDArray[np.uint8] | None = None
     offset: int = 0
+    size: int = 0
+    words: npt.NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise ConfigError(f"layout {self.layout!r}; known are {', '.join(LAYOUTS)}")
         if self.n < 1 or self.k < 1:
             raise ConfigError(f"a matrix [{self.n}, {self.k}] holds nothing")
+        if self.layout == "t1" and (self.words is None or self.size < 4 * (-(-self.n // LANES) + 1)):
+            raise ConfigError(f"a t1 matrix [{self.n}, {self.k}] needs a table of strings and its size")
         if self.data is not None and self.data.size < self.nbytes:
             raise ConfigError(
                 f"{self.layout} [{self.n}, {self.k}] takes {self.nbytes} bytes, {self.data.size} are there"
@@ -57,11 +63,13 @@ class Matrix:
     @property
     def block_bytes(self) -> int:
         """Bytes of 16 rows x 64 inputs (quantised layouts)."""
-        return CODE_BYTES[self.layout] + (32 if self.layout in OFFSETS else 48)
+        return CODE_BYTES[self.layout] + (32 if self.layout in OFFSETS or self.layout == "s1" else 48)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole matrix, padding included."""
+        if self.layout == "t1":
+            return self.size
         rows = -(-self.n // LANES)
         if self.layout in CODE_BYTES:
             return rows * -(-self.k // GROUP) * self.block_bytes
@@ -147,6 +155,7 @@ class Layer:
 
     Attributes:
         router, experts, expert: the mixture; ``expert`` holds offsets into a slab. None and 0: a dense layer.
+        kinds, kind_of: where slabs differ, what stands for ``expert``, and the number of each expert's own.
         shared: shared experts, or the dense block. shared_gate: [1, hidden]; its sigmoid weighs the shared branch.
     """
 
@@ -156,10 +165,16 @@ class Layer:
     router: Router | None = None
     experts: int = 0
     expert: Ffn | None = None
+    kinds: Sequence[Ffn] = ()
+    kind_of: Sequence[int] = ()
     shared: Ffn | None = None
     shared_gate: Matrix | None = None
     attention_norm_bias: Floats | None = None
     ffn_norm_bias: Floats | None = None
+
+    def ffn_of(self, expert: int) -> Ffn | None:
+        """The matrices of an expert, as offsets into its slab."""
+        return self.kinds[self.kind_of[expert]] if self.kinds else self.expert
 
 
 @dataclass(frozen=True)

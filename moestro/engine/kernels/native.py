@@ -90,7 +90,10 @@ class NativeKernels:
     def _matrix(self, matrix: Matrix | None) -> Any:
         if matrix is None:
             return self.module.Matrix()
-        return self.module.Matrix(LAYOUTS.index(matrix.layout), matrix.n, matrix.k, matrix.address)
+        table = 0 if matrix.words is None else int(matrix.words.ctypes.data)
+        return self.module.Matrix(
+            LAYOUTS.index(matrix.layout), matrix.n, matrix.k, matrix.address, size=matrix.size, words=table
+        )
 
     def _ffn(self, ffn: Ffn) -> Any:
         native = self.module.Ffn()
@@ -116,6 +119,8 @@ class NativeKernels:
                 self._ffn(layer.expert),
                 self._matrix(router.weight),
             )
+            native.kinds = [self._ffn(kind) for kind in layer.kinds]
+            native.kind_of = [int(kind) for kind in layer.kind_of]
             native.router_bias, native.select_bias = _vector(router.bias, keep), _vector(router.select_bias, keep)
             native.router_kind, native.top_k = ROUTERS.index(router.kind), router.top_k
             native.groups, native.top_groups = router.groups, router.top_groups
@@ -155,6 +160,7 @@ class _Kept:
             "attention",
             "chosen",
             "scores",
+            "thin",
             "routes",
             "experts",
             "finish",

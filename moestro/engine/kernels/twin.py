@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from moestro.engine import ternary
 from moestro.engine.kernels.interface import (
     CODE_BYTES,
     GROUP,
@@ -48,7 +49,7 @@ def codes_of(layout: str, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]
         return block[..., :1024]
     if layout == "q4":
         return spread(block[..., :512], 4)
-    if layout == "q1":
+    if layout in ("q1", "s1"):
         return spread(block[..., :128], 1)
     low = spread(block[..., :256], 2)
     return low if layout == "q2" else low | spread(block[..., 256:384], 1) << 2
@@ -65,12 +66,16 @@ def unpacked(matrix: Matrix, slab: int = 0) -> tuple[Floats, Floats]:
     scale = scale.transpose(1, 0, 2).reshape(groups, rows * LANES)
     if matrix.layout in OFFSETS:
         return codes - np.float32(OFFSETS[matrix.layout]), scale
+    if matrix.layout == "s1":
+        return 2 * codes - 1, scale
     zero = block[..., size + 32 :].transpose(1, 0, 2).reshape(groups, rows * LANES).astype(np.float32)
     return codes - zero[..., None], scale
 
 
 def floats(matrix: Matrix, slab: int = 0) -> Floats:
     """float32 [N, K] of a matrix in any layout."""
+    if matrix.words is not None:
+        return ternary.unpack(raw(matrix, slab), matrix.n, matrix.k, matrix.words)
     if matrix.layout in CODE_BYTES:
         codes, scale = unpacked(matrix, slab)
         wide = (codes * scale[..., None]).transpose(1, 0, 2).reshape(codes.shape[1], -1)
@@ -94,6 +99,8 @@ def quantise(x: Floats) -> tuple[Floats, Floats]:
 
 def linear(matrix: Matrix, x: Floats, slab: int = 0) -> Floats:
     """x [R, K] -> x W^T [R, N]."""
+    if matrix.words is not None:
+        return _ternary(matrix, x, slab)
     if matrix.layout not in CODE_BYTES:
         return x @ floats(matrix, slab).T
     codes, scale = unpacked(matrix, slab)
@@ -104,6 +111,23 @@ def linear(matrix: Matrix, x: Floats, slab: int = 0) -> Floats:
         factor = sx[:, group, None] * scale[group][None]
         y = (exact.astype(np.float64) * factor + y).astype(np.float32)
     return y[:, : matrix.n]
+
+
+def _ternary(matrix: Matrix, x: Floats, slab: int) -> Floats:
+    """A product with three values a row: of each group first the high symbols are added, then the low ones."""
+    assert matrix.words is not None
+    data, groups = raw(matrix, slab), -(-matrix.k // GROUP)
+    low, high, _, _ = ternary.parts(data, matrix.n)
+    codes = np.zeros((matrix.n, groups * GROUP), dtype=np.uint8)
+    codes[:, : matrix.k] = ternary.symbols(data, matrix.n, matrix.k, matrix.words)
+    xq, sx = quantise(x)
+    y = np.zeros((x.shape[0], matrix.n), dtype=np.float32)
+    for group in range(groups):
+        part = codes[:, group * GROUP : (group + 1) * GROUP]
+        for symbol, value in ((2, high), (1, low)):
+            exact = xq[:, group] @ (part == symbol).T.astype(np.float32)
+            y = (exact.astype(np.float64) * (sx[:, group, None] * value[None]) + y).astype(np.float32)
+    return y
 
 
 def sigmoid(x: Floats) -> Floats:

@@ -159,11 +159,13 @@ class TwinSteps:
 
     def experts(self, layer: int, ids: Ints, slabs: Addresses) -> None:
         """See ``Steps``."""
-        ffn = self.model.layers[layer].expert
-        if ffn is None or layer != self.layer:
+        spec = self.model.layers[layer]
+        if spec.expert is None or layer != self.layer:
             raise ConfigError(f"layer {layer} has no routes to experts")
         for expert, slab in zip(ids.tolist(), slabs.tolist(), strict=True):
             rows, ranks = np.nonzero(self.ids == expert)
+            ffn = spec.ffn_of(expert)
+            assert ffn is not None
             self.outputs[expert] = (rows, self._ffn(ffn, self.normed[rows], self.weights[rows, ranks], slab))
 
     def finish(self, layer: int) -> None:

@@ -84,8 +84,14 @@ def codebook(kind: Kind, zeros: int = 885, words: int = WORDS, max_pairs: int = 
     return _pairs(_grow(cost, words, 2, max_pairs))
 
 
+def quads(zeros: int, words: int = WORDS, most: int = 7) -> "Strings":
+    """The cheapest strings of 1 to ``most`` quadruples of symbols, among them all single ones; see ``Strings``."""
+    cost = (round(-math.log2(zeros / 1000) * UNIT), round(-math.log2((1000 - zeros) / 2000) * UNIT))
+    return _grow(cost, words, 4, most)
+
+
 @dataclass(frozen=True)
-class _Strings:
+class Strings:
     """Strings, shorter first, then lexicographic: place of the string without the last unit (-1: empty), the last unit
     (a symbol or a pair, base 3), number of units, non-zeros as in Codebook."""
 
@@ -104,9 +110,13 @@ def _cheapest(cost: tuple[int, int], count: int, unit: int, most: int | None) ->
             ((unit * n - k) * cost[0] + k * cost[1], n, k) for n in range(1, limit + 1)
             for k in range(min(unit * n, 16) + 1)
         )  # fmt: skip
-        left = count
         chosen.clear()
+        if unit > 2:  # so few words that rare units would be missed, without which not every row can be written
+            chosen |= {(1, k): math.comb(unit, k) << k for k in range(unit + 1)}
+        left = count - sum(chosen.values())
         for _, n, k in kinds:
+            if (n, k) in chosen:
+                continue
             chosen[n, k] = min(left, math.comb(unit * n, k) << k)
             left -= chosen[n, k]
             if not left:
@@ -116,7 +126,7 @@ def _cheapest(cost: tuple[int, int], count: int, unit: int, most: int | None) ->
         limit *= 2
 
 
-def _grow(cost: tuple[int, int], count: int, unit: int, most: int | None) -> _Strings:
+def _grow(cost: tuple[int, int], count: int, unit: int, most: int | None) -> Strings:
     """The cheapest strings of units of ``unit`` symbols, level by level."""
     chosen = _cheapest(cost, count, unit, most)
     arity = 3**unit
@@ -144,10 +154,10 @@ def _grow(cost: tuple[int, int], count: int, unit: int, most: int | None) -> _St
         nonzeros.append(table)
         ids = np.arange(total, total + len(last))
         total += len(last)
-    return _Strings(*(np.concatenate(part) for part in (parents, lasts, depths, nonzeros)))
+    return Strings(*(np.concatenate(part) for part in (parents, lasts, depths, nonzeros)))
 
 
-def _pairs(strings: _Strings) -> Codebook:
+def _pairs(strings: Strings) -> Codebook:
     """States are the strings themselves, the first nine the single pairs; a pair that does not go on starts anew."""
     count = len(strings.parent)
     if not np.array_equal(strings.last[strings.parent < 0], np.arange(9)):
@@ -166,7 +176,7 @@ def _pairs(strings: _Strings) -> Codebook:
     )
 
 
-def _tree(strings: _Strings, words: int) -> Codebook:
+def _tree(strings: Strings, words: int) -> Codebook:
     """States are the strings that branch, the empty one first; words are the leaves in the order of their parents."""
     count = len(strings.parent) + 1
     child = np.full((count, 3), -1)
