@@ -154,47 +154,64 @@ def test_every_cache_size_policy_and_prefetch(packed: Path, record: Callable[...
     record(layer_calls=calls, arrangements=arrangements, misses=misses, different=0)
 
 
+class Faulty:
+    """A server over a packed model of its own whose disk can be made to fail.
+
+    Attributes:
+        broken: set while it fails.
+    """
+
+    def __init__(self, packed: Path, here: Path, fault: str) -> None:
+        here.mkdir()
+        for file in packed.iterdir():
+            (here / file.name).write_bytes(file.read_bytes())
+        opened = Packed.open(here)
+        stride, experts = next(iter(opened.experts.values())).stride, sum(t.num for t in opened.experts.values())
+        self.fault, self.broken, use = fault, threading.Event(), method("serve.lru")
+        self.native = Native(here, 1 << 30, context=CONTEXT)
+        leaves = use.entry("policy")(use.configure({}))
+        self.store = ExpertStore(opened, (experts // 3) * stride, leaves, read=Disk(fault=self.told))
+        self.native.forward.store, self.native.forward.slabs = self.store, {}
+        self.running = Running(Opened("stub", self.native.forward, byte_vocabulary(), "native", 1024))
+        self.client = httpx.Client(base_url=self.running.url, timeout=60)
+
+    def told(self, number: int, offset: int) -> int | None:
+        """See Disk."""
+        if self.broken.is_set() and self.fault == "eio" and number % 97 == 0:
+            raise OSError(5, os.strerror(5))
+        if self.broken.is_set() and self.fault == "stall" and number % 3 == 0:
+            time.sleep(0.5)
+        return None
+
+    def ask(self, number: int) -> tuple[int, float, str]:
+        """Status, seconds and body of a request."""
+        began = time.monotonic()
+        reply = self.client.post("/v1/completions", json={**BODY, "prompt": f"request {number}", "max_tokens": 6})
+        return reply.status_code, time.monotonic() - began, reply.text
+
+    def close(self) -> None:
+        """All of it."""
+        self.client.close()
+        self.running.stop()
+        self.store.close()
+        self.native.close()
+
+
 @pytest.mark.parametrize("fault", ["eio", "stall", "removed", "replaced"])
 def test_a_disk_that_fails_under_the_server(
     fault: str, packed: Path, tmp_path: Path, record: Callable[..., None]
 ) -> None:
     """A request that meets the fault ends with a typed error in time; others go on, and all is well after it."""
     here = tmp_path / "packed"
-    here.mkdir()
-    for file in packed.iterdir():
-        (here / file.name).write_bytes(file.read_bytes())
-    opened = Packed.open(here)
-    stride, experts = next(iter(opened.experts.values())).stride, sum(there.num for there in opened.experts.values())
-    broken = threading.Event()
-
-    def told(number: int, offset: int) -> int | None:
-        if broken.is_set() and fault == "eio" and number % 97 == 0:
-            raise OSError(5, os.strerror(5))
-        if broken.is_set() and fault == "stall" and number % 3 == 0:
-            time.sleep(0.5)
-        return None
-
-    use = method("serve.lru")
-    native = Native(here, 1 << 30, context=CONTEXT)
-    store = ExpertStore(opened, (experts // 3) * stride, use.entry("policy")(use.configure({})), read=Disk(fault=told))
-    native.forward.store, native.forward.slabs = store, {}
-    running = Running(Opened("stub", native.forward, byte_vocabulary(), "native", 1024))
-    try:
-        client = httpx.Client(base_url=running.url, timeout=60)
-
-        def ask(number: int) -> tuple[int, float, str]:
-            began = time.monotonic()
-            reply = client.post("/v1/completions", json={**BODY, "prompt": f"request {number}", "max_tokens": 6})
-            return reply.status_code, time.monotonic() - began, reply.text
-
-        wanted = [json.loads(ask(n)[2])["choices"][0]["text"] for n in range(8)]
-        broken.set()
+    with contextlib.closing(Faulty(packed, here, fault)) as server:
+        wanted = [json.loads(server.ask(n)[2])["choices"][0]["text"] for n in range(8)]
+        server.broken.set()
         if fault == "removed":
             (here / EXPERTS).unlink()
         elif fault == "replaced":
             (tmp_path / "other").write_bytes(b"\0" * 4096)
             (tmp_path / "other").replace(here / EXPERTS)
-        during = [ask(n % 8) for n in range(40)]
+        during = [server.ask(n % 8) for n in range(40)]
         assert {code for code, _, _ in during} <= {200, 500, 503}
         for number, (code, _, text) in enumerate(during):
             if code == 200:
@@ -205,17 +222,12 @@ def test_a_disk_that_fails_under_the_server(
         assert bool(failed) == (fault == "eio")
         assert len(failed) < len(during)
         assert max(failed, default=0.0) < 2
-        assert client.get("/health").status_code == 200
-        broken.clear()
-        after = [ask(n) for n in range(8)]
+        assert server.client.get("/health").status_code == 200
+        server.broken.clear()
+        after = [server.ask(n) for n in range(8)]
         assert [json.loads(text)["choices"][0]["text"] for _, _, text in after] == wanted
-        running.idle()
+        server.running.idle()
         record(requests=len(during), failed=len(failed), slowest_error_s=max(failed, default=0.0))
-        client.close()
-    finally:
-        running.stop()
-        store.close()
-        native.close()
 
 
 def test_a_million_bodies(record: Callable[..., None]) -> None:
@@ -275,88 +287,101 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_a_minute_of_fifty_times_too_many(record: Callable[..., None]) -> None:
-    """800 clients that ask without pause of a server that runs 16 at once, beside slow writers and idle connections."""
-    with process(0.002) as (started, url, port):
+class Crowd:
+    """Clients that ask without pause for a minute, and others that send a byte a second.
 
-        def ask(number: int, client: httpx.Client) -> float:
+    Attributes:
+        answered, refused: seconds of each request. turned_away: at the door. slow: connections of slow writers.
+        most: bytes of the server, at most.
+    """
+
+    def __init__(self, port: int, pid: int) -> None:
+        self.port, self.pid = port, pid
+        self.answered: list[float] = []
+        self.refused: list[float] = []
+        self.turned_away = self.slow = self.most = 0
+
+    async def hammer(self, number: int, stop: float) -> None:
+        """Sockets of its own: a client library would measure its queue."""
+        while time.monotonic() < stop:
+            data = head({**BODY, "prompt": f"{number}", "max_tokens": 20})
+            began = time.monotonic()
+            reply = b""
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                writer.write(data)
+                reply = await reader.read(1 << 16)
+                writer.close()
+            took = time.monotonic() - began
+            if status(reply) == 200:
+                self.answered.append(took)
+                continue
+            if not reply or b"too many connections" in reply:
+                self.turned_away += 1
+            else:
+                assert status(reply) in (429, 503), reply
+                assert b"retry-after: " in reply.lower()
+                self.refused.append(took)
+            await asyncio.sleep(0.5 + number % 10 / 10)
+
+    async def dawdle(self, stop: float) -> None:
+        """One byte a second."""
+        while time.monotonic() < stop:
+            with contextlib.suppress(OSError):
+                reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                self.slow += 1
+                for byte in b"POST /v1/completions HTTP/1.1\r\n":
+                    writer.write(bytes([byte]))
+                    await asyncio.sleep(1)
+                    if time.monotonic() > stop or reader.at_eof():
+                        break
+                writer.close()
+
+    async def watch(self, stop: float) -> None:
+        """The server's memory."""
+        while time.monotonic() < stop:
+            self.most = max(self.most, resident(self.pid))
+            await asyncio.sleep(0.25)
+
+    async def come(self) -> None:
+        """All of them."""
+        stop = time.monotonic() + 60
+        clients = [self.hammer(number, stop) for number in range(800)]
+        await asyncio.gather(*clients, *(self.dawdle(stop) for _ in range(100)), self.watch(stop))
+
+
+def test_a_minute_of_fifty_times_too_many(record: Callable[..., None]) -> None:
+    """800 clients that ask without pause of a server that runs 16 at once, beside slow writers."""
+    with process(0.002) as (started, url, port), httpx.Client(base_url=url, timeout=60) as client:
+
+        def ask(number: int) -> float:
             began = time.monotonic()
             assert client.post("/v1/completions", json={**BODY, "prompt": f"{number}", "max_tokens": 20}).is_success
             return time.monotonic() - began
 
-        with httpx.Client(base_url=url, timeout=60) as client:
-            unloaded = statistics.median(ask(n, client) for n in range(20))
-        files = len(list(Path(f"/proc/{started.pid}/fd").iterdir()))
-        before, most = resident(started.pid), 0
-        idle, answered, refused, waits = 0, [], [], 0
+        def files() -> int:
+            return len(list(Path(f"/proc/{started.pid}/fd").iterdir()))
 
-        async def slow(stop: float) -> None:
-            """One byte a second."""
-            nonlocal idle
-            while time.monotonic() < stop:
-                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                    idle += 1
-                    for byte in b"POST /v1/completions HTTP/1.1\r\n":
-                        writer.write(bytes([byte]))
-                        await asyncio.sleep(1)
-                        if time.monotonic() > stop or reader.at_eof():
-                            break
-                    writer.close()
-
-        async def hammer(number: int, stop: float) -> None:
-            """Sockets of its own: a client library would measure its queue."""
-            nonlocal waits
-            while time.monotonic() < stop:
-                data = head({**BODY, "prompt": f"{number}", "max_tokens": 20})
-                began = time.monotonic()
-                reply = b""
-                with contextlib.suppress(OSError):
-                    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                    writer.write(data)
-                    reply = await reader.read(1 << 16)
-                    writer.close()
-                took = time.monotonic() - began
-                if status(reply) == 200:
-                    answered.append(took)
-                    continue
-                if not reply or b"too many connections" in reply:
-                    waits += 1
-                else:
-                    assert status(reply) in (429, 503), reply
-                    assert b"retry-after: " in reply.lower()
-                    refused.append(took)
-                await asyncio.sleep(0.5 + number % 10 / 10)
-
-        async def watch(stop: float) -> None:
-            nonlocal most
-            while time.monotonic() < stop:
-                most = max(most, resident(started.pid))
-                await asyncio.sleep(0.25)
-
-        async def go() -> None:
-            stop = time.monotonic() + 60
-            await asyncio.gather(*(hammer(n, stop) for n in range(800)), *(slow(stop) for _ in range(100)), watch(stop))
-
-        asyncio.run(go())
+        unloaded = statistics.median(ask(n) for n in range(20))
+        held, before, crowd = files(), resident(started.pid), Crowd(port, started.pid)
+        asyncio.run(crowd.come())
         began = time.monotonic()
-        with httpx.Client(base_url=url, timeout=60) as client:
-            ask(0, client)
-            back = time.monotonic() - began
-            after = statistics.median(ask(n, client) for n in range(20))
+        ask(0)
+        back = time.monotonic() - began
+        after = statistics.median(ask(n) for n in range(20))
         until = time.monotonic() + 20
-        while len(list(Path(f"/proc/{started.pid}/fd").iterdir())) > files + 5 and time.monotonic() < until:
+        while files() > held + 5 and time.monotonic() < until:
             time.sleep(0.1)
-        left = len(list(Path(f"/proc/{started.pid}/fd").iterdir())) - files
-        assert answered
-        assert refused
-        assert most - before < 128 << 20
+        assert crowd.answered
+        assert crowd.refused
+        assert crowd.most - before < 128 << 20
         assert back < 5
-        assert left <= 5
+        assert files() <= held + 5
         record(
-            answered=len(answered), refused=len(refused), door_shut=waits, slow_writers=idle,
-            refusal_median_ms=1e3 * statistics.median(refused), answer_p99_s=float(np.quantile(answered, 0.99)),
-            unloaded_s=unloaded, after_s=after, back_s=back, growth_mb=(most - before) / 1e6, files_left=left,
+            answered=len(crowd.answered), refused=len(crowd.refused), door_shut=crowd.turned_away,
+            slow_writers=crowd.slow, refusal_median_ms=1e3 * statistics.median(crowd.refused),
+            answer_p99_s=float(np.quantile(crowd.answered, 0.99)), unloaded_s=unloaded, after_s=after, back_s=back,
+            growth_mb=(crowd.most - before) / 1e6, files_left=files() - held,
         )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from moestro.core.forecast import Wish
 from moestro.core.inputs import MeterInputs
 from moestro.core.registry import method
 from moestro.core.trace import trace
-from moestro.engine.open_native import acting
+from moestro.engine.acting import as_use, cache_and_forecast
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
 from moestro.methods.serve._parts.route_file import LayerShape, save
@@ -292,9 +292,9 @@ def test_what_is_learned_is_written_with_where_it_comes_from(recorded: Any, tmp_
 
 
 def test_one_object_forecasts_and_decides_who_leaves() -> None:
-    leaves, foresees = acting("serve.expertflow", "serve.expertflow")
+    leaves, foresees = cache_and_forecast(as_use("serve.expertflow"), as_use("serve.expertflow"))
     assert leaves is foresees
-    leaves, foresees = acting("serve.lru", "serve.expertflow")
+    leaves, foresees = cache_and_forecast(as_use("serve.lru"), as_use("serve.expertflow"))
     assert leaves is not foresees
 
 
