@@ -3,36 +3,30 @@
 from ._native import (
     GROUP,
     PAGE,
-    Bank,
     Ffn,
     LayerSpec,
     Matrix,
     Model,
     ModelSpec,
-    Route,
     activation,
     choose,
     features,
     linear,
     quantise,
-    train_features,
 )
 
 
 __all__ = [
     "GROUP",
     "PAGE",
-    "Bank",
     "Ffn",
     "LayerSpec",
     "Matrix",
     "Model",
     "ModelSpec",
-    "Route",
     "activation",
     "choose",
     "features",
     "linear",
     "quantise",
-    "train_features",
 ]
