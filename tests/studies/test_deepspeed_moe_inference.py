@@ -16,7 +16,7 @@ from moestro.studies._dispatch import (
     one_hot_tables,
 )
 from moestro.studies._framework import BUDGETS
-from moestro.studies._messages import WAYS, Machine, communicate, formula, there_and_back
+from moestro.studies._messages import WAYS, Machine, communicate, formula, rows_of, there_and_back
 from moestro.studies.deepspeed_moe_inference import BATCH, MODELS, decode, fixed_bytes, mixtures
 
 
@@ -84,6 +84,18 @@ def test_arms_count_what_their_formula_says(arm: str) -> None:
         assert (found["messages"], found["volume"]) == (15, 1 - 1 / 16)
     if arm == "coordinated":
         assert found["messages_back"] == 3 + 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("alike", [1, 2])
+def test_uneven_rows_are_uneven(alike: int, seed: int) -> None:
+    """No exchange is compared of which nothing goes to other ranks."""
+    rows, splits = rows_of(Machine(4, 2), seed, alike, 3)
+    away = [sum(split) - split[rank] for rank, split in enumerate(splits)]
+    assert sum(away) > 0
+    assert len({count for split in splits for count in split}) > 2
+    assert [len(x) for x in rows] == [sum(split) for split in splits]
+    assert (splits[0] == splits[1]) == (alike == 2)
 
 
 def test_uneven_rows_that_go_astray_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
