@@ -12,9 +12,9 @@ import numpy as np
 from moestro.core.batching import Batcher, Pending, in_order
 from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import Key, Oracle
-from moestro.engine.pregate import PreGate, best
 from moestro.engine.requests import Lane, Limits, Request, Work
 from moestro.engine.sequences import Forward, Ints
+from moestro.engine.token_router import TokenRouter, best
 
 
 class Store(Protocol):
@@ -59,7 +59,7 @@ class Ahead:
         foresight: whom to tell what comes.
     """
 
-    def __init__(self, gate: PreGate, limits: Limits, batcher: Batcher | None, foresight: Foresight | None) -> None:
+    def __init__(self, gate: TokenRouter, limits: Limits, batcher: Batcher | None, foresight: Foresight | None) -> None:
         self.gate, self.limits, self.batcher, self.foresight = gate, limits, batcher, foresight
 
     @classmethod

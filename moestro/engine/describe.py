@@ -10,8 +10,8 @@ from moestro.engine.dialect import TERNARY_WORDS, LayerSpec
 from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
 from moestro.engine.layout import Bytes, aligned
 from moestro.engine.packed import Packed, Piece
-from moestro.engine.pregate import Gate
 from moestro.engine.ternary import CODED, Table, check_table
+from moestro.engine.token_router import Gate
 
 
 def describe(packed: Packed, resident: Mapping[str, Bytes]) -> Description:
@@ -82,15 +82,15 @@ class _Reader:
             LoadError: it is stored in a layout that rounds.
         """
         model = self.packed.model
-        if model.pregate is None:
+        if model.token_router is None:
             return None
-        parts = {name: self.get(f"pregate.{name}") for name in model.pregate.tensors()}
+        parts = {name: self.get(f"token_router.{name}") for name in model.token_router.tensors()}
         matrices = {name: part for name, part in parts.items() if isinstance(part, Matrix)}
         odd = next((name for name, matrix in matrices.items() if matrix.layout != "f32"), None)
         if odd is not None:
-            raise LoadError(f"{self.packed.path}: pregate.{odd} is stored as {matrices[odd].layout}; it must be f32")
+            raise LoadError(f"{self.packed.path}: token_router.{odd} is {matrices[odd].layout}; it must be f32")
         norms = {name: part for name, part in parts.items() if name not in matrices}
-        return Gate(model.pregate, matrices, norms, frozenset(model.decoupled))
+        return Gate(model.token_router, matrices, norms, frozenset(model.decoupled))
 
     def layer(self, index: int, spec: LayerSpec) -> Layer:
         def get(name: str) -> Any:

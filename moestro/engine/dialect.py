@@ -51,7 +51,7 @@ class RouterSpec(_Strict):
     ahead: int = Field(default=0, ge=0, le=MOST)
 
 
-class PreGateSpec(_Strict):
+class TokenRouterSpec(_Strict):
     """A router of token ids for all layers at once: an embedding, one causal block, a map to logits.
 
     Attributes:
@@ -66,7 +66,7 @@ class PreGateSpec(_Strict):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.dim % self.heads or self.dim // self.heads % 2:
-            raise ConfigError(f"pregate: {self.heads} heads over {self.dim} dimensions; each takes an even number")
+            raise ConfigError(f"token_router: {self.heads} heads over {self.dim} dimensions; each takes an even number")
         return self
 
     def tensors(self) -> dict[str, Shape]:
@@ -153,7 +153,7 @@ class ModelSpec(_Strict):
         ropes: number of tables of frequencies. rope_factor: multiplies cosines and sines. rope_interleaved: pairs
             (2 i, 2 i + 1) turn, not (i, i + rotary / 2).
         embed_scale, residual_scale, logit_scale: factors. logit_softcap: 0: none.
-        pregate: the router of all ``decoupled`` layers.
+        token_router: the router of all ``decoupled`` layers.
         ternary: zeros in a thousand symbols that the table of ternary words is made for, 0: there is none.
     """
 
@@ -180,7 +180,7 @@ class ModelSpec(_Strict):
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
-    pregate: PreGateSpec | None = None
+    token_router: TokenRouterSpec | None = None
     ternary: int = Field(default=0, ge=0, le=999)
     layers: tuple[LayerSpec, ...] = Field(strict=False, max_length=1 << 12)
 
@@ -206,24 +206,26 @@ class ModelSpec(_Strict):
         return self
 
     def _decoupled(self) -> None:
-        """Raise ConfigError unless the pre-gate and the layers that follow it fit one another."""
+        """Raise ConfigError unless the router of token ids and the layers that follow it fit one another."""
         layers = {index: self.layers[index] for index in self.decoupled}
-        if bool(layers) != (self.pregate is not None):
-            raise ConfigError(f"{len(layers)} decoupled layers and {'a' if self.pregate else 'no'} pre-gate")
+        if bool(layers) != (self.token_router is not None):
+            raise ConfigError(
+                f"{len(layers)} decoupled layers and {'a' if self.token_router else 'no'} router of token ids"
+            )
         for index, layer in layers.items():
-            assert self.pregate is not None
+            assert self.token_router is not None
             assert layer.router is not None
-            if layer.experts != self.pregate.experts or layer.router.top_k != 1:
+            if layer.experts != self.token_router.experts or layer.router.top_k != 1:
                 raise ConfigError(
-                    f"layer {index}: top {layer.router.top_k} of {layer.experts} experts under a pre-gate that names 1 "
-                    f"of {self.pregate.experts}"
+                    f"layer {index}: top {layer.router.top_k} of {layer.experts} experts under a router of token "
+                    f"ids that names 1 of {self.token_router.experts}"
                 )
-            if self.pregate.vocab < self.vocab:
-                raise ConfigError(f"a pre-gate of {self.pregate.vocab} ids for a vocabulary of {self.vocab}")
+            if self.token_router.vocab < self.vocab:
+                raise ConfigError(f"a router of {self.token_router.vocab} token ids for a vocabulary of {self.vocab}")
 
     @property
     def decoupled(self) -> tuple[int, ...]:
-        """Layers that the pre-gate decides."""
+        """Layers that the router of token ids decides."""
         routers = ((index, layer.router) for index, layer in enumerate(self.layers))
         return tuple(index for index, router in routers if router is not None and router.kind == "decoupled")
 
@@ -237,8 +239,8 @@ class ModelSpec(_Strict):
         shapes |= self._norm("final_norm")
         if self.rotary:
             shapes |= {f"rope.{index}": (self.rotary // 2,) for index in range(self.ropes)}
-        if self.pregate is not None:
-            shapes |= {f"pregate.{name}": shape for name, shape in self.pregate.tensors().items()}
+        if self.token_router is not None:
+            shapes |= {f"token_router.{name}": shape for name, shape in self.token_router.tensors().items()}
         for index, layer in enumerate(self.layers):
             found = {**self._norm("attention_norm"), **self._norm("ffn_norm")}
             found |= self._attention(layer) | self._feed_forward(layer)

@@ -16,7 +16,7 @@ from moestro.core.forecast import Forecast, Wish
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Addresses, Description, Floats, Ints, Kernels
 from moestro.engine.kernels.twin import ranked
-from moestro.engine.pregate import PreGate, best
+from moestro.engine.token_router import TokenRouter, best
 
 
 # (layer, scores [r, E], ids [r, k], weights [r, k]) of some rows -> other ids and weights [r, any]; -1: no expert.
@@ -106,7 +106,7 @@ class NativeForward:
         self.description = description
         self._decided = [[i for i in description.routed_at(layer) if i > layer] for layer in range(len(self.experts))]
         self.vocab, self.pages, self.layers = description.vocab, pages, len(description.layers)
-        self.gate = None if description.gate is None else PreGate(description.gate, self.kernels, pages)
+        self.gate = None if description.gate is None else TokenRouter(description.gate, self.kernels, pages)
         self.page_bytes = self.steps.page_bytes + (0 if self.gate is None else self.gate.page_bytes)
         self.store = store
         self.slabs = slabs or {}

@@ -68,7 +68,7 @@ class Native:
         else:
             leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
             passes = getattr(leaves, "lookahead", PASSES)
-            if isinstance(leaves, Oracle) and model.pregate is None:
+            if isinstance(leaves, Oracle) and model.token_router is None:
                 raise ConfigError(
                     f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
                     "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"

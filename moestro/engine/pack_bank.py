@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from moestro.surgery.disk import Folder
 
 
-PREGATED: Final = "train.read_me"
+READ_ME: Final = "train.read_me"
 """The method of routers that read token ids only; what they choose weighs 1."""
 
 
@@ -224,9 +224,9 @@ class BankReader:
 class PoolReader(BankReader):
     """Experts that are lists of units of one pool; each becomes matrices of its own.
 
-    Where the router is a pre-gate, whose chosen expert always weighs 1, units of every expert can be computed for all
-    tokens: ``permanent`` lists them, for a branch beside the experts, and the slabs hold only what an expert has for
-    itself.
+    Where the router is one of token ids, whose chosen expert always weighs 1, units of every expert can be computed for
+    all tokens: ``permanent`` lists them, for a branch beside the experts, and the slabs hold only what an expert has
+    for itself.
 
     Attributes:
         permanent: units of every expert that the slabs leave out, int64 [P]; at least one unit stays in each slab.
@@ -237,12 +237,13 @@ class PoolReader(BankReader):
         rows = folder.tensor(f"{path}.bank.rows_EW").numpy()
         units, count = np.unique(rows, return_counts=True)
         router = getattr(module.router, "made_by", None)
-        always = router is not None and router.method == PREGATED and module.shared is None
+        always = router is not None and router.method == READ_ME and module.shared is None
         common = units[count == len(rows)] if always and bank.pool.up_bias is None else units[:0]
         self.permanent = common[: max(rows.shape[1] - 1, 0)]
         self.rows = np.stack([row[~np.isin(row, self.permanent)] for row in rows])
         super().__init__(folder, f"{path}.bank", bank.pool, bits)
         self.num = bank.num_experts
+        self.layouts = {name: of_pool * self.num for name, of_pool in self.layouts.items()}  # the pool is one expert
 
     def layer(self, site: str) -> LayerSpec:
         """See BankReader."""

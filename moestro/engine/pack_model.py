@@ -18,8 +18,8 @@ from moestro.engine.dialect import (
     AttentionSpec,
     LayerSpec,
     ModelSpec,
-    PreGateSpec,
     Shape,
+    TokenRouterSpec,
 )
 from moestro.engine.layout import OF_BITS
 from moestro.engine.pack_bank import BankReader, PoolReader, bank_at
@@ -138,7 +138,7 @@ class _Native(Routers):
         self.tensors: dict[str, Entry] = {}
         self.banks: dict[int, BankReader] = {}
         self.used: set[str] = set()
-        self.pregate: PreGateSpec | None = None
+        self.token_router: TokenRouterSpec | None = None
         self.hand_on: list[int] = []  # layers so far whose input later routers may read
 
     def contents(self) -> Contents:
@@ -176,7 +176,7 @@ class _Native(Routers):
             tied=tied,
             layers=tuple(layers),
             eos=_eos(model),
-            pregate=self.pregate,
+            token_router=self.token_router,
             ternary=self.words(),
             **settings,
         )

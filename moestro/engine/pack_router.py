@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from moestro.engine.dialect import PreGateSpec, RouterSpec
-from moestro.engine.pack_bank import PREGATED
+from moestro.engine.dialect import RouterSpec, TokenRouterSpec
+from moestro.engine.pack_bank import READ_ME
 
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ class Routers:
     """Part of the reader of a native model.
 
     Attributes:
-        pregate: the router of token ids, once a layer needs it. hand_on: layers so far whose input later routers may
+        token_router: that of token ids, once a layer needs it. hand_on: layers so far whose input later routers may
             read. take: holds a tensor of the checkpoint.
     """
 
     folder: "Folder"
-    pregate: PreGateSpec | None
+    token_router: TokenRouterSpec | None
     hand_on: list[int]
     take: Callable[..., None]
 
@@ -33,7 +33,7 @@ class Routers:
         """The dialect of a router, and its tensors."""
         router, where = layer.router, f"{path}.router"
         method = _method_of(router)
-        if method == PREGATED:
+        if method == READ_ME:
             return self.decoupled(router)
         common: dict[str, Any] = {}
         if method == "train.pre_gated":
@@ -60,14 +60,14 @@ class Routers:
         return RouterSpec(kind=kind, bias=config.bias, renormalise=config.renormalise and not chosen, **common)
 
     def decoupled(self, router: Any) -> RouterSpec:
-        """A router that borrows the model's pre-gate; the gate's tensors are taken once."""
+        """A router that borrows the model's router of token ids; its tensors are taken once."""
         gate = router.gate.module
-        if self.pregate is None:
+        if self.token_router is None:
             vocab, dim = gate.embedding.weight.shape
             path = next(path for path, module in self.folder.model.named_modules() if module is gate)
-            self.pregate = PreGateSpec(vocab=vocab, dim=dim, heads=gate.heads, experts=gate.head.out_features)
-            for name, shape in self.pregate.tensors().items():
-                self.take(f"pregate.{name}", f"{path}.{name}.weight", layout=None if len(shape) == 1 else "f32")
+            self.token_router = TokenRouterSpec(vocab=vocab, dim=dim, heads=gate.heads, experts=gate.head.out_features)
+            for name, shape in self.token_router.tensors().items():
+                self.take(f"token_router.{name}", f"{path}.{name}.weight", layout=None if len(shape) == 1 else "f32")
         return RouterSpec(kind="decoupled", top_k=1)
 
     def ahead(self, name: str, router: Any) -> int:

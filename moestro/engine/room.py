@@ -9,7 +9,7 @@ from moestro.core.errors import ConfigError
 from moestro.engine.dialect import ModelSpec
 from moestro.engine.kernels.interface import LANES
 from moestro.engine.packed import EXPERTS, Packed
-from moestro.engine.pregate import page_bytes as gate_bytes
+from moestro.engine.token_router import page_bytes as gate_bytes
 
 
 POSITIONS: Final = 4096
@@ -86,7 +86,7 @@ def working_bytes(model: ModelSpec) -> int:
 def page_bytes(model: ModelSpec) -> int:
     """Bytes of keys and values of 16 positions, all layers, those of a decoupled router included."""
     own = len(model.layers) * 2 * LANES * model.kv_heads * model.head_dim * 4
-    return own + (0 if model.pregate is None else gate_bytes(model.pregate))
+    return own + (0 if model.token_router is None else gate_bytes(model.token_router))
 
 
 def room(packed: Packed, memory: int, context: int | None = None, process: int | None = None) -> Room:

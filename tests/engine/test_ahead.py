@@ -13,11 +13,11 @@ from moestro.core.registry import method
 from moestro.engine import room
 from moestro.engine.open_native import Native
 from moestro.engine.packed import Packed
-from moestro.engine.pregate import best
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
+from moestro.engine.token_router import best
 from moestro.testing.tiny import VOCAB, tiny_folder
-from tests.engine.pregated import cut, saved
+from tests.engine.read_me_models import cut, saved
 from tests.engine.running import Answer, check_empty, run
 from tests.engine.stub import StubForward
 

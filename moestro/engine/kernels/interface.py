@@ -185,7 +185,7 @@ class Description:
         norm: "rms" or "layer". norm_add: added to RMS weights (1 for Gemma).
         inv_freq: rope tables, float32 [rotary / 2].
         rope_factor: multiplies cos and sin. rope_interleaved: pairs (2i, 2i + 1) turn instead of (i, i + rotary / 2).
-        gate: a router of token ids for some layers (``engine.pregate.Gate``); steps know nothing of it.
+        gate: a router of token ids for some layers (``engine.token_router.Gate``); steps know nothing of it.
     """
 
     hidden: int

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from moestro.engine.dialect import PreGateSpec
+from moestro.engine.dialect import TokenRouterSpec
 from moestro.engine.kernels.interface import LANES, Floats, Ints, Kernels, Matrix
 
 
@@ -32,18 +32,18 @@ class Gate:
         norms: ``attention_norm``, ``mlp_norm``, ``last_norm``, float32 [R]. layers: which layers it decides.
     """
 
-    spec: PreGateSpec
+    spec: TokenRouterSpec
     matrices: Mapping[str, Matrix]
     norms: Mapping[str, Floats]
     layers: frozenset[int]
 
 
-def page_bytes(spec: PreGateSpec) -> int:
+def page_bytes(spec: TokenRouterSpec) -> int:
     """Bytes of a page of the router's keys and values."""
     return 2 * LANES * spec.dim * 4
 
 
-class PreGate:
+class TokenRouter:
     """The router over pages.
 
     Args:

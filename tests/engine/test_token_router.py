@@ -17,9 +17,9 @@ from moestro.engine.dialect import ModelSpec
 from moestro.engine.kernels import choose
 from moestro.engine.open_native import Native
 from moestro.engine.packed import EXPERTS, Packed
-from moestro.engine.pregate import PreGate, best
+from moestro.engine.token_router import TokenRouter, best
 from moestro.testing.tiny import VOCAB
-from tests.engine.pregated import cut, saved
+from tests.engine.read_me_models import cut, saved
 
 
 IDS = torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(5))
@@ -52,9 +52,9 @@ def answers(model: Any) -> tuple[np.ndarray, np.ndarray]:
     return model(IDS).logits[0].numpy(), next(iter(found.values())).expert_N.numpy()
 
 
-def gate_of(packed: Path, kernels: str = "twin", pages: int = 8) -> PreGate:
+def gate_of(packed: Path, kernels: str = "twin", pages: int = 8) -> TokenRouter:
     opened = Packed.open(packed)
-    return PreGate(describe(opened, opened.resident()).gate, choose(kernels), pages)
+    return TokenRouter(describe(opened, opened.resident()).gate, choose(kernels), pages)
 
 
 @pytest.mark.parametrize("kernels", ["twin", "native"])
@@ -193,15 +193,21 @@ def test_it_runs_without_torch(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     opened = Packed.open(saved(cut(), tmp_path))
     for change, told in (
-        ({"pregate": None}, "2 decoupled layers and no pre-gate"),
-        ({"pregate": {"vocab": VOCAB, "dim": 16, "heads": 2, "experts": 4}}, "a pre-gate that names 1 of 4"),
-        ({"pregate": {"vocab": 5, "dim": 16, "heads": 2, "experts": 3}}, "a pre-gate of 5 ids for a vocabulary"),
-        ({"pregate": {"vocab": VOCAB, "dim": 16, "heads": 3, "experts": 3}}, "3 heads over 16 dimensions"),
+        ({"token_router": None}, "2 decoupled layers and no router of token ids"),
+        (
+            {"token_router": {"vocab": VOCAB, "dim": 16, "heads": 2, "experts": 4}},
+            "token ids that names 1 of 4",
+        ),
+        (
+            {"token_router": {"vocab": 5, "dim": 16, "heads": 2, "experts": 3}},
+            "a router of 5 token ids for a voc",
+        ),
+        ({"token_router": {"vocab": VOCAB, "dim": 16, "heads": 3, "experts": 3}}, "3 heads over 16 dimensions"),
     ):
         with pytest.raises(ConfigError, match=told):
             ModelSpec.parse({**opened.model.model_dump(mode="json"), **change}, where="test")
     resident = opened.resident()
-    piece = opened.tensors["pregate.qkv"]
-    opened.tensors["pregate.qkv"] = type(piece)(piece.offset, piece.nbytes, "f16", piece.shape)  # type: ignore[index]
-    with pytest.raises(LoadError, match=r"pregate.qkv is stored as f16; it must be f32"):
+    piece = opened.tensors["token_router.qkv"]
+    opened.tensors["token_router.qkv"] = type(piece)(piece.offset, piece.nbytes, "f16", piece.shape)  # type: ignore[index]
+    with pytest.raises(LoadError, match=r"token_router.qkv is stored as f16; it must be f32"):
         describe(opened, resident)
