@@ -103,7 +103,7 @@ def perplexity(arm: str, seed: int, budget: Budget) -> float:
     if not arm.endswith("_pruned"):
         return math.exp(row_losses(model, held).mean())
     plan: Any = make_plan("serve.dynamic_pruning", model, {}, batches=data)
-    with pruning(model, Config(**plan.policies[0].config)):
+    with pruning(model, Config(**plan.decoder.config)):
         return math.exp(row_losses(model, held).mean())
 
 

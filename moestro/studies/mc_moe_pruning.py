@@ -130,7 +130,7 @@ def in_part(seed: int, budget: Budget) -> Found:
     plan: Any = make_plan(
         "serve.dynamic_pruning", model, {"prune_layers": count, "protect": PROTECT}, batches=calibration(seed, budget)
     )
-    config = Config(**plan.policies[0].config)
+    config = Config(**plan.decoder.config)
     return measured(model, route_of(config), budget, PROTECT)
 
 

@@ -209,5 +209,5 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     resident = opened.resident()
     piece = opened.tensors["token_router.qkv"]
     opened.tensors["token_router.qkv"] = type(piece)(piece.offset, piece.nbytes, "f16", piece.shape)  # type: ignore[index]
-    with pytest.raises(LoadError, match=r"token_router.qkv is stored as f16; it must be f32"):
+    with pytest.raises(LoadError, match=r"token_router.qkv is f16; it must be f32"):
         describe(opened, resident)

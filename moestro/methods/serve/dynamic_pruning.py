@@ -170,7 +170,7 @@ def plan(inputs: "PlanInputs", config: Config) -> "ServingPlan":
         model_hash=inputs.subject.fingerprint(),
         budget_bytes=0,
         tiers={},
-        policies=[MethodUse(method="serve.dynamic_pruning", config=settings.model_dump(mode="json"))],
+        decoder=MethodUse(method="serve.dynamic_pruning", config=settings.model_dump(mode="json")),
         notes={"ratios": {str(layer): list(row) for layer, row in ratios.items()},
                "loss": {str(layer): cost for layer, cost in costs.items()}},
     )  # fmt: skip

@@ -220,7 +220,7 @@ def test_answers_are_labelled_and_texts_differ_only_when_something_is_dropped() 
 def test_a_plan_holds_the_quantile_of_every_layer_and_rank(mixtral: Any) -> None:
     plan = make_plan("serve.dynamic_pruning", mixtral, {"quantile": 0.5, "protect": 0.0}, batches=[IDS])
     assert isinstance(plan, ServingPlan)
-    config = method("serve.dynamic_pruning").configure(plan.policies[0].config)
+    config = method("serve.dynamic_pruning").configure(plan.decoder.config)
     assert sorted(config.ratios) == [0, 1, 2][: len(config.ratios)] or len(config.ratios) == len(
         mixture_layers(mixtral)
     )
@@ -230,7 +230,7 @@ def test_a_plan_holds_the_quantile_of_every_layer_and_rank(mixtral: Any) -> None
         abs(edit.dropped / edit.asked - 0.5) < 0.05
     )  # half of them lie below the median, later layers see other inputs
     few = make_plan("serve.dynamic_pruning", mixtral, {"prune_layers": 1}, batches=[IDS])
-    used = method("serve.dynamic_pruning").configure(few.policies[0].config)
+    used = method("serve.dynamic_pruning").configure(few.decoder.config)
     assert len(used.layers) == 1
     assert used.layers[0] == int(min(few.notes["loss"], key=few.notes["loss"].get))
     assert ServingPlan.model_validate(plan.model_dump(mode="json")) == plan
