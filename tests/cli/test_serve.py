@@ -46,7 +46,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--memory", "1GiB", "--forecast", "serve.lru"], "forecast serve.lru is none of"),
         (["--memory", "1GiB", "--order", "serve.lru"], "order serve.lru is none of serve.read_me_batching"),
         (["--memory", "1GiB", "--order", "serve.read_me_batching"], "needs a model whose router reads token ids only"),
-        (["--memory", "1GiB", "--decoder", "serve.lru"], "decoder serve.lru is none of serve.dynamic_pruning, serve.scmoe"),
+        (
+            ["--memory", "1GiB", "--decoder", "serve.lru"],
+            "decoder serve.lru is none of serve.dynamic_pruning, serve.scmoe",
+        ),
         ([], "give --memory"),
         (["--plan", "nowhere.json"], "nowhere.json: not a readable plan"),
     ],
