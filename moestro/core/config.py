@@ -1,14 +1,18 @@
 """Typed settings: frozen, keyword-only, checked when built, with errors a person can act on."""
 
 import difflib
+import json
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moestro.core.errors import ConfigError
 
+
+T = TypeVar("T", bound="Config")
 
 _BUILDING: ContextVar[bool] = ContextVar("moestro_config_building", default=False)
 
@@ -76,3 +80,11 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     if isinstance(first.get("input"), Mapping):
         return f"{field}: {message}{more}"
     return f"{field}={first.get('input')!r}: {message}{more}"
+
+
+def read_kept(kind: type[T], path: Path) -> T | None:
+    """What was kept as JSON; None where the file is missing, damaged or of another version: it is made again."""
+    try:
+        return kind.parse(json.loads(path.read_text(encoding="utf-8")), where=str(path))
+    except (OSError, ValueError, ConfigError):
+        return None

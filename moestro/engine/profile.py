@@ -5,9 +5,7 @@ norms and the quantising of activations are in it. Where little fits together no
 nothing here is a promise for a busier machine.
 """
 
-import json
 import math
-import os
 import platform
 import threading
 import time
@@ -18,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 from pydantic import Field
 
-from moestro.core.config import Config
-from moestro.core.errors import ConfigError
+from moestro.core.config import Config, read_kept
+from moestro.core.files import cache_root, write_text
 from moestro.engine.kernels import choose
 from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
 from moestro.engine.layout import aligned, matrix_bytes
@@ -68,8 +66,6 @@ class Profile(Config):
 
 def profile_file() -> Path:
     """Where it is kept."""
-    from moestro.core.files import cache_root
-
     return cache_root() / "engine.json"
 
 
@@ -89,7 +85,7 @@ def this_profile(layouts: set[str], threads: int, *, again: bool = False, progre
         layouts: those that are needed. again: measure even what is kept. progress: told what is being measured.
     """
     path, tell = profile_file(), progress or (lambda text: None)
-    found = None if again else _read(path)
+    found = None if again else read_kept(Profile, path)
     if found is None or found.signature != signature(threads):
         tell("layers")
         layer, mixture = _layers(threads)
@@ -104,18 +100,8 @@ def this_profile(layouts: set[str], threads: int, *, again: bool = False, progre
         rates[layout] = _rates(layout, threads)
     found = found.model_copy(update={"weights_per_s": rates})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, found.model_dump_json(indent=1) + "\n")
     return found
-
-
-def _read(path: Path) -> Profile | None:
-    """None for a file that is missing, damaged or of another version: it is made again."""
-    try:
-        return Profile.parse(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except (OSError, ValueError, ConfigError):
-        return None
 
 
 def disk_rate(packed: Packed) -> float:

@@ -4,7 +4,6 @@ Everything is measured with what is installed (plain torch, Transformers' decode
 not fit into caches, the best of several runs. Nothing here is a promise for another machine or a busier one.
 """
 
-import json
 import math
 import mmap
 import os
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from moestro.core.config import Config
-from moestro.core.errors import ConfigError
+from moestro.core.config import Config, read_kept
+from moestro.core.files import cache_root, write_text
 
 
 BITS = (4, 8, 16, 32)
@@ -91,8 +90,6 @@ class Machine(Config):
 
 def machine_file() -> Path:
     """Where the measurement is kept."""
-    from moestro.core.files import cache_root
-
     return cache_root() / "machine.json"
 
 
@@ -113,23 +110,13 @@ def this_machine(*, again: bool = False, progress: Progress | None = None) -> Ma
     """
     path = machine_file()
     if not again:
-        kept = _read(path)
+        kept = read_kept(Machine, path)
         if kept is not None and kept.signature == signature():
             return kept
     found = measure(progress)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
-    part.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_text(path, found.model_dump_json(indent=1) + "\n")
     return found
-
-
-def _read(path: Path) -> Machine | None:
-    """The machine in a file; None for a file that is missing, damaged or of another version: it is made again."""
-    try:
-        return Machine.parse(json.loads(path.read_text(encoding="utf-8")), where=str(path))
-    except (OSError, ValueError, ConfigError):
-        return None
 
 
 def measure(progress: Progress | None = None) -> Machine:

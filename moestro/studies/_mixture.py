@@ -76,15 +76,19 @@ def task_of(size: Mixture) -> Text:
     return Text(made, spread(held, size.heldout))
 
 
-def fresh(size: Mixture, seed: int) -> nn.Module:
-    """An untrained mixture: OLMoE's architecture with renormalised weights and a balance loss for each layer."""
+def fresh(size: Mixture, seed: int, *, renormalise: bool = True) -> nn.Module:
+    """An untrained mixture: OLMoE's architecture with a balance loss for each layer.
+
+    Args:
+        renormalise: chosen weights sum to 1; a top-1 router must not, or it has no gradient.
+    """
     torch.manual_seed(seed)
     model: nn.Module = make_model(
         {
             "model_type": "olmoe", "vocab_size": size.vocabulary, "hidden_size": size.dim,
             "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
             "num_key_value_heads": size.heads, "max_position_embeddings": size.length, "num_experts": size.experts,
-            "num_experts_per_tok": size.top_k, "norm_topk_prob": True, "tie_word_embeddings": True,
+            "num_experts_per_tok": size.top_k, "norm_topk_prob": renormalise, "tie_word_embeddings": True,
             "use_cache": False, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
         },
         "causal",

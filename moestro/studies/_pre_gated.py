@@ -13,10 +13,8 @@ from moestro import surgery
 from moestro.core.layer import mixture_layers
 from moestro.core.session import session
 from moestro.methods.planning import make_plan
-from moestro.models.swap import swap
 from moestro.studies._framework import BUDGETS, Budget
-from moestro.studies._mixture import Mixture, corpus_of, rows_of, size_of, task_of, tune
-from moestro.training.build import make_model
+from moestro.studies._mixture import Mixture, corpus_of, fresh, rows_of, size_of, task_of, tune
 
 
 TUNED: Mapping[str, Mapping[str, Any] | None] = {
@@ -41,31 +39,11 @@ def shape_of(budget: Budget) -> Mixture:
     )
 
 
-def fresh(size: Mixture, seed: int) -> nn.Module:
-    """An untrained mixture of OLMoE's shape whose top-1 router weighs by its probability, which gives it a gradient."""
-    torch.manual_seed(seed)
-    model: nn.Module = make_model(
-        {
-            "model_type": "olmoe", "vocab_size": size.vocabulary, "hidden_size": size.dim,
-            "intermediate_size": size.inner, "num_hidden_layers": size.layers, "num_attention_heads": size.heads,
-            "num_key_value_heads": size.heads, "max_position_embeddings": size.length, "num_experts": size.experts,
-            "num_experts_per_tok": size.top_k, "norm_topk_prob": False, "tie_word_embeddings": True,
-            "use_cache": False, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
-        },
-        "causal",
-        size.vocabulary,
-    )  # fmt: skip
-    for layer in mixture_layers(model).values():
-        layer.losses.clear()
-    swap(model, "train.balance_loss", {"scope": "batch"})
-    return model
-
-
 @functools.lru_cache(maxsize=2)
 def parent(seed: int, name: str) -> nn.Module:
     """The pretrained mixture."""
     size = shape_of(BUDGETS[name])
-    model = fresh(size, seed)
+    model = fresh(size, seed, renormalise=False)
     tune(model, corpus_of(size).train, size, seed, size.steps)
     return model.eval()
 

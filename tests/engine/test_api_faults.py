@@ -196,16 +196,21 @@ def process(delay: float) -> Iterator[tuple["subprocess.Popen[str]", int, list[s
         started.stdout.close()
 
 
+def awake(port: int) -> str:
+    """The address of a server of its own process, once it answers."""
+    url, until = f"http://127.0.0.1:{port}", time.monotonic() + 20
+    while time.monotonic() < until:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return url
+        time.sleep(0.05)
+    raise AssertionError(f"{url} does not answer")
+
+
 def test_sigterm_finishes_what_runs_without_torch_ever_loaded() -> None:
     with process(0.02) as (started, port, heavy):
-        url = f"http://127.0.0.1:{port}"
+        url = awake(port)
         assert heavy == []
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            time.sleep(0.05)
         assert httpx.get(f"{url}/metrics").status_code == 200
         chat = {**BODY, "max_tokens": 3, "messages": [{"role": "user", "content": "hi"}]}
         assert httpx.post(f"{url}/v1/chat/completions", json=chat, timeout=30).status_code == 200

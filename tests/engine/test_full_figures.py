@@ -10,11 +10,9 @@ import os
 import random
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,7 @@ from moestro.testing.tiny import tiny_folder
 from tests.engine.running import Answer, run
 from tests.engine.serving import Running, byte_vocabulary, status
 from tests.engine.slab_files import Disk
-from tests.engine.test_api_faults import head
+from tests.engine.test_api_faults import awake, head, process
 from tests.engine.test_api_fuzz import generated
 
 
@@ -256,32 +254,6 @@ def test_a_million_bodies(record: Callable[..., None]) -> None:
     record(bodies=accepted + refused, accepted=accepted, refused=refused, slowest_ms=1e3 * slowest)
 
 
-@contextlib.contextmanager
-def process(delay: float) -> Iterator[tuple["subprocess.Popen[str]", str, int]]:
-    """A server over a stub in a process of its own."""
-    started = subprocess.Popen(
-        [sys.executable, "-m", "tests.engine.serving", str(delay)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert started.stdout is not None
-    try:
-        port = int(started.stdout.readline().split()[0])
-        until = time.monotonic() + 20
-        while time.monotonic() < until:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
-                    break
-            time.sleep(0.05)
-        yield started, f"http://127.0.0.1:{port}", port
-    finally:
-        started.kill()
-        started.wait()
-        started.stdout.close()
-
-
 def resident(pid: int) -> int:
     """Bytes of a process in memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -352,7 +324,7 @@ class Crowd:
 
 def test_a_minute_of_fifty_times_too_many(record: Callable[..., None]) -> None:
     """800 clients that ask without pause of a server that runs 16 at once, beside slow writers."""
-    with process(0.002) as (started, url, port), httpx.Client(base_url=url, timeout=60) as client:
+    with process(0.002) as (started, port, _), httpx.Client(base_url=awake(port), timeout=60) as client:
 
         def ask(number: int) -> float:
             began = time.monotonic()
@@ -386,7 +358,8 @@ def test_a_minute_of_fifty_times_too_many(record: Callable[..., None]) -> None:
 
 
 def test_ten_thousand_idle_connections(record: Callable[..., None]) -> None:
-    with process(0.0) as (started, url, port):
+    with process(0.0) as (started, port, _):
+        url = awake(port)
         before, kept, refused = resident(started.pid), [], 0
         try:
             for _ in range(10_000):

@@ -14,7 +14,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.trace import RoutingTrace, trace
 from moestro.engine.pack import pack_model
 from moestro.models.load import load
-from moestro.testing.bench import _reference, _resident, _streams, cache, harness, offload
+from moestro.testing.bench import _reference, _streams, cache, harness, offload
 from moestro.testing.bench._cgroup import Group, drop, group
 from moestro.testing.bench._children import ArmError, Child
 from moestro.testing.bench._trained import recipe
@@ -92,11 +92,11 @@ def test_arms_take_turns_and_time_themselves() -> None:
 
         return run
 
-    found = _resident.take_turns({"a": arm("a", 1.0), "b": arm("b", 2.0)}, rounds=2, warmup=1)
+    found = harness.take_turns({"a": arm("a", 1.0), "b": arm("b", 2.0)}, rounds=2, warmup=1)
     assert "".join(order) == "ba" + "ab" + "ba"
     assert found == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
     with pytest.raises(ConfigError, match="0 rounds"):
-        _resident.take_turns({"a": arm("a", 1.0)}, 0)
+        harness.take_turns({"a": arm("a", 1.0)}, 0)
 
 
 def test_the_same_bits_under_a_limit_and_without_torch(made: Path) -> None:

@@ -14,7 +14,7 @@ Source: Read-ME (2410.19123, section 4): prefetching by pre-gating, and its cach
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,9 @@ from pydantic import Field
 
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
-from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import CachePolicy, Key
 from moestro.core.forecast import Forecast, Ints, Peek, Wish
-from moestro.methods.serve._parts.future import NEVER, Future
+from moestro.methods.serve._parts.future import NEVER, Foreseeing
 
 
 class Config(BaseConfig):
@@ -40,22 +39,23 @@ class Config(BaseConfig):
     layers_ahead: int = Field(default=1, ge=1)
 
 
-class KnownFuture(CachePolicy):
+class KnownFuture(Foreseeing):
     """See CachePolicy and Oracle. A pass begins where the layers of the told steps start over."""
 
+    untold = (
+        "serve.read_me_belady knows the queue of a model whose router reads token ids only (train.read_me), or a "
+        "recorded trace; use serve.lru or another policy"
+    )
+
     def __init__(self, lookahead: int) -> None:
+        super().__init__()
         self.lookahead = lookahead
-        self.future = Future()
-        self.last: dict[Key, int] = {}
-        self.told = False
-        self.now = -1
         self._end = 0  # the first step that is not known
         self._starts: deque[int] = deque()  # steps with which known passes begin
         self._layer: int | None = None  # the last told step's
 
     def foresee(self, steps: Iterable[Sequence[Key]], start: int = 0) -> None:
         """See Oracle."""
-        self.told = True
         if start < self.future.until:
             self._layer = None
         while self._starts and self._starts[-1] >= start:
@@ -66,7 +66,7 @@ class KnownFuture(CachePolicy):
                 if self._layer is None or keys[0][0] <= self._layer:
                     self._starts.append(time)
                 self._layer = keys[0][0]
-        self.future.tell(told, start)
+        super().foresee(told, start)
         self._end = self._horizon(self.now + 1)
 
     def _horizon(self, time: int) -> int:
@@ -77,28 +77,12 @@ class KnownFuture(CachePolicy):
 
     def on_access(self, key: Key, time: int) -> None:
         """See CachePolicy."""
-        self.last[key] = self.now = time
+        super().on_access(key, time)
         self._end = self._horizon(time)
 
-    def on_insert(self, key: Key, time: int) -> None:
-        """See CachePolicy."""
-        self.last.setdefault(key, time)
-
-    def victim(self, candidates: Collection[Key]) -> Key:
-        """See CachePolicy.
-
-        Raises:
-            ConfigError: nobody told the future.
-        """
-        if not self.told:
-            raise ConfigError(
-                "serve.read_me_belady knows the queue of a model whose router reads token ids only (train.read_me), or "
-                "a recorded trace; use serve.lru or another policy"
-            )
-        return max(candidates, key=lambda key: (self._next(key), -self.last[key], key))
-
-    def _next(self, key: Key) -> int:
-        found = self.future.next(key, self.now)
+    def next(self, key: Key) -> int:
+        """See Foreseeing; needs behind the known passes are none."""
+        found = super().next(key)
         return found if found < self._end else NEVER
 
 

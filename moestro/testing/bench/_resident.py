@@ -20,31 +20,12 @@ from moestro.core.errors import ConfigError
 from moestro.testing.bench import _reference as reference
 from moestro.testing.bench._children import Child
 from moestro.testing.bench._streams import store
-from moestro.testing.bench.harness import Row, paired_ratio
+from moestro.testing.bench.harness import Row, paired_ratio, take_turns
 
 
 PROMPT, DECODED, BEFORE, CONTEXT = 512, 32, 64, 1024
 AGREE: Final = {8: 0.99, 4: 0.95}
 OURS, LLAMA, TRANSFORMERS = "moestro", "llama.cpp", "transformers"
-
-
-def take_turns(arms: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """What every arm says its work took, in every round; the order rotates by one each round.
-
-    Raises:
-        ConfigError: no rounds.
-    """
-    if rounds < 1:
-        raise ConfigError(f"{rounds} rounds; a benchmark needs at least 1")
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-warmup, rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            taken = arms[name]()
-            if turn >= 0:
-                seconds[name].append(taken)
-    return seconds
 
 
 def threads() -> int:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,36 @@ class Row:
     note: str = ""
 
 
-def interleave(
-    arms: Mapping[str, Arm], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, list[float]]:
-    """Seconds of every arm in every round by a clock; the order rotates by one each round, warm-up is not counted."""
+def take_turns(arms: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """What every arm says its work took, in every round; the order rotates by one each round, warm-up is not counted.
+
+    Raises:
+        ConfigError: no rounds.
+    """
     if rounds < 1:
         raise ConfigError(f"{rounds} rounds; a benchmark needs at least 1")
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-warmup, rounds):
-        first = round_ % len(names)
+    for turn in range(-warmup, rounds):
+        first = turn % len(names)
         for name in names[first:] + names[:first]:
-            start = clock()
-            arms[name]()
-            taken = clock() - start
-            if round_ >= 0:
+            taken = arms[name]()
+            if turn >= 0:
                 seconds[name].append(taken)
     return seconds
+
+
+def interleave(
+    arms: Mapping[str, Arm], rounds: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of every arm in every round by a clock; see ``take_turns``."""
+
+    def timed(arm: Arm) -> float:
+        start = clock()
+        arm()
+        return clock() - start
+
+    return take_turns({name: partial(timed, arm) for name, arm in arms.items()}, rounds, warmup)
 
 
 def time_rows(case: str, metric: str, seconds: Mapping[str, list[float]], ours: str = "ours") -> list[Row]:

@@ -22,9 +22,9 @@ from moestro.testing.bench import _reference as reference
 from moestro.testing.bench import _streams as streams
 from moestro.testing.bench._cgroup import drop, group
 from moestro.testing.bench._children import ArmError, Child
-from moestro.testing.bench._resident import BEFORE, LLAMA, missing, take_turns, threads
+from moestro.testing.bench._resident import BEFORE, LLAMA, missing, threads
 from moestro.testing.bench._trained import trained_trace
-from moestro.testing.bench.harness import Row, paired_ratio
+from moestro.testing.bench.harness import Row, paired_ratio, take_turns
 
 
 LIMIT: Final = 500 << 20
