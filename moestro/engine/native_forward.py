@@ -118,6 +118,7 @@ class NativeForward:
         self.on_gate: Callable[[Ints], None] | None = None
         self.foresight: Any = None
         self._gated: Floats | None = None
+        self._positions = self.asked = np.zeros(0, dtype=np.int32)
 
     def step(self, batch: Rows) -> Floats:
         """Logits float32 [L, vocab] of the wanted rows; keys and values of all rows are written.
