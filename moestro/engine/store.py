@@ -62,9 +62,8 @@ class ExpertStore:
         self._slots = Slots()
         self._entries: dict[Key, Entry] = {}
         self._reads = Reads()
-        lock = threading.RLock()
-        self._change = threading.Condition(lock)  # for those who wait for slabs or room
-        self._work = threading.Condition(lock)  # for readers: something is to be read, or they shall end
+        lock = threading.RLock()  # of two conditions: readers wait for work, all others for a change
+        self._work, self._change = threading.Condition(lock), threading.Condition(lock)
         self._running: list[Entry] = []
         self._since, self._progress = 0.0, time.monotonic()
         self._closed = False
@@ -119,8 +118,6 @@ class ExpertStore:
             How many slabs were neither there nor asked for.
         """
         parts = [(wish, self.packed.keys(wish.layer, wish.experts)) for wish in wishes]
-        if not parts:
-            return 0
         by_layer: dict[int, set[Key]] = {}
         for wish, keys in parts:
             by_layer.setdefault(wish.layer, set()).update(keys)
