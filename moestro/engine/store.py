@@ -62,7 +62,8 @@ class ExpertStore:
         self._slots = Slots()
         self._entries: dict[Key, Entry] = {}
         self._reads = Reads()
-        self._change = threading.Condition()
+        lock = threading.RLock()  # of two conditions: readers wait for work, all others for a change
+        self._work, self._change = threading.Condition(lock), threading.Condition(lock)
         self._running: list[Entry] = []
         self._since, self._progress = 0.0, time.monotonic()
         self._closed = False
@@ -117,8 +118,6 @@ class ExpertStore:
             How many slabs were neither there nor asked for.
         """
         parts = [(wish, self.packed.keys(wish.layer, wish.experts)) for wish in wishes]
-        if not parts:
-            return 0
         by_layer: dict[int, set[Key]] = {}
         for wish, keys in parts:
             by_layer.setdefault(wish.layer, set()).update(keys)
@@ -142,6 +141,7 @@ class ExpertStore:
             if self._closed:
                 return
             self._closed = True
+            self._work.notify_all()
             self._change.notify_all()
             self._change.wait_for(lambda: self._alive == 0, timeout=self.patience_s)
             for entry in self._entries.values():
@@ -174,7 +174,7 @@ class ExpertStore:
     def _wish(self, keys: list[Key], priority: int) -> int:
         asked = sum(self._reads.wish(key, priority) for key in keys if key not in self._entries)
         if asked:
-            self._change.notify_all()
+            self._work.notify_all()
         return asked
 
     def _unwish(self, keys: Iterable[Key]) -> int:
@@ -201,7 +201,6 @@ class ExpertStore:
         for key in keys:
             self.cache.hold(key)
         entries = [self._need(key) for key in keys]
-        self._change.notify_all()
         ids = np.asarray([expert for _, expert in keys], dtype=np.int32)
         pointers = np.asarray([entry.slot.address for entry in entries], dtype=np.int64)
         return Lease(ids, pointers, self, entries)
@@ -228,6 +227,7 @@ class ExpertStore:
             self.counters.misses += 1
             entry = self._begin(key, ahead=False)
             self._reads.demand(entry)
+            self._work.notify()
         elif entry.ready:
             self.counters.hits += 1
         else:
@@ -298,7 +298,7 @@ class ExpertStore:
                     return self._begin(work, ahead=True)
                 else:
                     self.counters.cancelled += 1
-            self._change.wait()
+            self._work.wait()
 
     def _finish(self, entry: Entry, error: StoreError | None) -> None:
         now = self._progress = time.monotonic()

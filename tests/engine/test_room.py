@@ -96,6 +96,29 @@ def test_a_decoded_token_by_hand(folder: Path) -> None:
     assert (resident.slow, resident.fast) == (0, 0)
 
 
+def test_a_prompt_by_hand(folder: Path) -> None:
+    """Of 3 rows that choose k of E: rates at 2 and 4 rows would differ, and one row's logits are wanted."""
+    packed = Packed.open(folder)
+    spec, tokens = packed.model, 3
+    q8 = {1: 1e9, 4: 2.5e8, 16: 1e8, 64: 1e7, 512: 1e6}
+    rates = Profile(signature="", measured="", weights_per_s={"q8": q8, "f32": q8}, layer_s=0.0, mixture_s=0.0)
+    resident = room.room(packed, 1 << 30, 64, process=0)
+    head = packed.tensors["embedding" if spec.tied else "head"]
+    wanted, read = rates.seconds(math.prod(head.shape), 1, head.layout), 0.0
+    for name, piece in packed.tensors.items():
+        if len(piece.shape) == 2 and name not in ("embedding", "head"):
+            wanted += rates.seconds(math.prod(piece.shape), tokens, piece.layout)
+    for index, layer in enumerate(spec.layers):
+        if layer.router:
+            k, there = layer.router.top_k, packed.experts[index]
+            met = there.num * (1 - (1 - k / there.num) ** tokens)
+            wanted += rates.seconds(met * 3 * layer.inner * spec.hidden, tokens * k / met, "q8")
+            read += met * there.stride / 1e8
+    work = Predictor(packed, resident, rates, disk=1e8).work(tokens)
+    assert work.computing == pytest.approx(wanted)
+    assert work.whole == pytest.approx(read)
+
+
 def test_a_measured_hit_ratio_takes_its_place() -> None:
     work = Work(tokens=10, computing=1.0, slow=3.0, fast=2.0, whole=4.0)
     assert work.with_hits(1.0) == 10

@@ -295,3 +295,27 @@ def wait(until: Any, seconds: float = 10.0) -> None:
     while not until():
         assert time.monotonic() < end, "did not happen"
         time.sleep(0.002)
+
+
+def test_what_is_in_memory_wakes_no_reader(packed: Packed) -> None:
+    with store_of(packed, 5, readers=1) as store:
+        with store.acquire(0, [1, 2]) as lease:
+            contents(lease)
+        looks = 0
+        pop = store._reads.pop
+
+        def counted() -> Any:
+            nonlocal looks
+            looks += 1
+            return pop()
+
+        time.sleep(0.05)  # until the reader waits
+        store._reads.pop = counted  # type: ignore[method-assign]
+        for _ in range(20):
+            with store.acquire(0, [1, 2]) as lease:
+                assert contents(lease) == [1, 2]
+            time.sleep(0.001)
+        assert looks == 0
+        with store.acquire(0, [3]) as lease:
+            assert contents(lease) == [3]
+        assert looks >= 1

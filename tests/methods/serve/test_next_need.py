@@ -79,3 +79,20 @@ def test_what_was_read_ahead_of_the_first_run_of_its_layer_stays() -> None:
     policy.on_access((0, 0), 0)  # type: ignore[attr-defined]
     policy.on_insert((1, 0), 0)  # type: ignore[attr-defined]
     assert policy.victim([(0, 0), (1, 0)]) == (0, 0)  # type: ignore[attr-defined]
+
+
+def test_a_layer_that_ran_once_comes_back_after_one_pass() -> None:
+    policy = made()
+    for time in range(3):
+        policy.on_access((time, 0), time)  # type: ignore[attr-defined]
+    assert [policy.wait((layer, 0)) for layer in range(3)] == [1, 2, 3]  # type: ignore[attr-defined]
+
+
+def test_one_that_left_and_came_back_within_a_step_may_leave_again() -> None:
+    policy = made()
+    policy.on_access((0, 0), 0)  # type: ignore[attr-defined]
+    policy.on_access((1, 0), 1)  # type: ignore[attr-defined]
+    both = [(0, 0), (1, 0)]
+    assert policy.victim(both) == (1, 0)  # type: ignore[attr-defined]
+    assert policy.victim([(0, 0)]) == (0, 0)  # type: ignore[attr-defined]
+    assert policy.victim(both) == (1, 0)  # type: ignore[attr-defined]
