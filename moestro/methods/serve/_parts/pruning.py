@@ -147,7 +147,7 @@ class PruningEdit(Edit):
         if valid_BL.shape[1] > 1:
             size_BL = ctx.kept[site, "input"].detach().float().abs().sum(-1).view(valid_BL.shape)
             score_BL = scores(sum_BL, valid_BL, size_BL, self.importance)
-            count_B = (self.protect * valid_BL.sum(1) - 1e-9).ceil()
+            count_B = (self.protect * valid_BL.sum(1).double() - 1e-9).ceil()
             rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             keep_BL = (rank_BL < count_B[:, None]) & valid_BL
         return valid_BL.reshape(-1), keep_BL.reshape(-1)
