@@ -186,13 +186,17 @@ def pruning(
 
 @torch.no_grad()
 def loss_of_layers(
-    model: Any, batches: Iterable[Mapping[str, Any] | Tensor], routes: Mapping[int, Route], protect: float
+    model: Any,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    routes: Mapping[int, Route],
+    protect: float,
+    importance: str = "attention",
 ) -> dict[int, float]:
     """Mean loss in nats a token on calibration data under each route, which lets one layer drop experts."""
     rows = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
     found = {}
     for layer, route in routes.items():
-        with pruning(model, route, protect=protect):
+        with pruning(model, route, protect=protect, importance=importance):
             losses = [float(model(**{**row, "labels": row.get("labels", row["input_ids"])}).loss) for row in rows]
         found[layer] = sum(losses) / len(losses)
     return found
