@@ -101,13 +101,14 @@ def symbols(data: Bytes, n: int, k: int, table: Table) -> Bytes:
     before = np.append(0, np.cumsum(length))
     total = before[ends] - before[ends - counts]
     if (total < k).any():
-        raise ConfigError(f"row {int(np.argmax(total < k))} of a t1 matrix has {int(total.min())} symbols, not {k}")
+        row = int(np.argmax(total < k))
+        raise ConfigError(f"row {row} of a t1 matrix has {int(total[row])} symbols, not {k}")
     found = np.zeros((n, int(total.max())), dtype=np.uint8)
-    row = np.repeat(np.arange(n), counts)
-    start = before[:-1] - before[ends - counts][row]
+    rows = np.repeat(np.arange(n), counts)
+    start = before[:-1] - before[ends - counts][rows]
     for place in range(4 * LONGEST):
         here = length > place
-        found[row[here], start[here] + place] = (entry[here] >> np.uint64(2 * place)) & np.uint64(3)
+        found[rows[here], start[here] + place] = (entry[here] >> np.uint64(2 * place)) & np.uint64(3)
     return found[:, :k]
 
 

@@ -160,7 +160,7 @@ def plan(inputs: "PlanInputs", config: Config) -> "ServingPlan":
         from moestro.methods.serve._parts.pruning import loss_of_layers
 
         routes = {layer: route_of(settings.model_copy(update={"layers": (layer,)})) for layer in layers}
-        costs = loss_of_layers(inputs.model, inputs.batches, routes, config.protect)
+        costs = loss_of_layers(inputs.model, inputs.batches, routes, config.protect, config.importance)
         settings = settings.model_copy(update={"layers": tuple(sorted(sorted(layers, key=lambda i: (costs[i], i))
                                                                        [: config.prune_layers]))})  # fmt: skip
     return ServingPlan(

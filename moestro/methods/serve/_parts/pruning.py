@@ -147,7 +147,7 @@ class PruningEdit(Edit):
         if valid_BL.shape[1] > 1:
             size_BL = ctx.kept[site, "input"].detach().float().abs().sum(-1).view(valid_BL.shape)
             score_BL = scores(sum_BL, valid_BL, size_BL, self.importance)
-            count_B = (self.protect * valid_BL.sum(1) - 1e-9).ceil()
+            count_B = (self.protect * valid_BL.sum(1).double() - 1e-9).ceil()
             rank_BL = score_BL.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             keep_BL = (rank_BL < count_B[:, None]) & valid_BL
         return valid_BL.reshape(-1), keep_BL.reshape(-1)
@@ -186,13 +186,17 @@ def pruning(
 
 @torch.no_grad()
 def loss_of_layers(
-    model: Any, batches: Iterable[Mapping[str, Any] | Tensor], routes: Mapping[int, Route], protect: float
+    model: Any,
+    batches: Iterable[Mapping[str, Any] | Tensor],
+    routes: Mapping[int, Route],
+    protect: float,
+    importance: str = "attention",
 ) -> dict[int, float]:
     """Mean loss in nats a token on calibration data under each route, which lets one layer drop experts."""
     rows = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
     found = {}
     for layer, route in routes.items():
-        with pruning(model, route, protect=protect):
+        with pruning(model, route, protect=protect, importance=importance):
             losses = [float(model(**{**row, "labels": row.get("labels", row["input_ids"])}).loss) for row in rows]
         found[layer] = sum(losses) / len(losses)
     return found
