@@ -188,5 +188,6 @@ CARD = MethodCard(
         "every rank behind the first has a threshold of its own; the paper has two experts a token",
         "importance sums the attention that later tokens pay; the paper's code sums over keys, which is 1 for each row",
         "serving spares the first positions of a text instead of those with the most attention",
+        "where a router ranks by other scores than it weighs by, w_0 is the weight of the expert it ranks first",
     ),
 )

@@ -253,3 +253,27 @@ def test_bad_settings_are_refused() -> None:
         with pytest.raises(ConfigError):
             method("serve.dynamic_pruning").configure(values)
     assert str(route_of(Config(threshold=0.25))) == "ratio:0.25" == str(Route.parse("ratio:0.25"))
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.3, 50), (0.3, 90), (0.02, 60), (0.1, 10)])
+def test_as_many_tokens_are_spared_as_the_rule_says(mixtral: Any, share: float, length: int) -> None:
+    ids = torch.arange(length)[None] % 60 + 3
+    with pruning(mixtral, Config(threshold=2.0, protect=share)) as edit, torch.no_grad():
+        mixtral(input_ids=ids)
+    lesser = sum(layer.router.top_k - 1 for layer in mixture_layers(mixtral).values())
+    assert edit.asked == lesser * length
+    assert edit.dropped == lesser * (length - int(spared(np.arange(length), share).sum()))
+
+
+def test_layers_are_chosen_by_the_importance_that_was_asked_for(mixtral: Any) -> None:
+    settings = {"prune_layers": 1, "protect": 0.3}
+    losses = {}
+    for kind in ("attention", "l1_recency"):
+        plan = make_plan("serve.dynamic_pruning", mixtral, {**settings, "importance": kind}, batches=[IDS])
+        config = method("serve.dynamic_pruning").configure(plan.decoder.config)
+        losses[kind] = plan.notes["loss"]
+        for layer, told in losses[kind].items():
+            only = route_of(config.model_copy(update={"layers": (int(layer),)}))
+            with parts_pruning(mixtral, only, protect=0.3, importance=kind), torch.no_grad():
+                assert float(mixtral(input_ids=IDS, labels=IDS).loss) == pytest.approx(told, rel=1e-6)
+    assert losses["attention"] != losses["l1_recency"]
