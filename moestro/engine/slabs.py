@@ -18,34 +18,50 @@ from moestro.engine.packed import EXPERTS, PAGE, Packed
 Read = Callable[[int, Sequence[Any], int], int]
 """``os.preadv``, or what stands in for it."""
 
-_HUGE = 16 << 20
-"""Bytes from which memory is asked for in huge pages; smaller slots would not fill theirs."""
+_ARENA = 64 << 20
+"""Bytes of a mapping that slots of one size are cut from."""
+
+_HUGE = 4 << 20
+"""Bytes from which a mapping asks for huge pages: the disk writes them faster, and products read them faster."""
+
+
+def _mapping(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone; what is shared gets no huge pages."""
+    found = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # kernels without huge pages
+            found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 class Slot:
-    """Anonymous page-aligned memory for one slab."""
+    """Page-aligned memory for one slab: a mapping of its own, or ``nbytes`` of a larger one from ``offset``."""
 
-    def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._map = mmap.mmap(-1, nbytes)
-        if nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # kernels without huge pages
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self.view = memoryview(self._map)
-        self.address = int(np.frombuffer(self._map, dtype=np.uint8).ctypes.data)
+    def __init__(self, nbytes: int, arena: mmap.mmap | None = None, offset: int = 0) -> None:
+        self.nbytes, self.arena, self.offset = nbytes, arena, offset
+        self._map = arena or _mapping(nbytes)
+        self.view = memoryview(self._map)[offset : offset + nbytes]
+        self.address = int(np.frombuffer(self._map, dtype=np.uint8, count=1, offset=offset).ctypes.data)
 
     def free(self) -> None:
         """Give the memory back to the system."""
         self.view.release()
-        self._map.close()
+        if self.arena is None:
+            self._map.close()
+        else:
+            self._map.madvise(mmap.MADV_DONTNEED, self.offset, self.nbytes)
 
 
 class Slots:
-    """Slots of any size whose memory, used or waiting to be used again, never exceeds a limit."""
+    """Slots of any size whose memory, used or waiting to be used again, never exceeds a limit.
+
+    They are cut from larger mappings, which take memory as their parts are written to.
+    """
 
     def __init__(self) -> None:
         self.allocated = 0
         self._free: dict[int, list[Slot]] = {}
+        self._vacant: dict[int, list[tuple[mmap.mmap, int]]] = {}  # places without memory
 
     def take(self, nbytes: int, limit: int) -> Slot:
         """A slot. Waiting slots of other sizes are given back where the limit asks for it."""
@@ -56,10 +72,14 @@ class Slots:
             size = next((size for size, slots in self._free.items() if slots), None)
             if size is None:
                 raise ValueError(f"{nbytes} bytes more than {self.allocated} exceed {limit}")
-            self._free[size].pop().free()
-            self.allocated -= size
+            self._give_back(self._free[size].pop())
         self.allocated += nbytes
-        return Slot(nbytes)
+        vacant = self._vacant.setdefault(nbytes, [])
+        if not vacant:
+            arena = _mapping(max(_ARENA // nbytes, 1) * nbytes)
+            vacant += [(arena, offset) for offset in range(0, len(arena), nbytes)]
+            vacant.reverse()
+        return Slot(nbytes, *vacant.pop())
 
     def put(self, slot: Slot) -> None:
         """A slot is not used any more."""
@@ -74,13 +94,19 @@ class Slots:
         self.allocated += slot.nbytes
         self.put(slot)
 
+    def _give_back(self, slot: Slot) -> None:
+        slot.free()
+        self.allocated -= slot.nbytes
+        if slot.arena is not None:
+            self._vacant.setdefault(slot.nbytes, []).append((slot.arena, slot.offset))
+
     def close(self) -> None:
         """Give all waiting memory back."""
         for slots in self._free.values():
             for slot in slots:
-                slot.free()
-                self.allocated -= slot.nbytes
+                self._give_back(slot)
         self._free.clear()
+        self._vacant.clear()
 
 
 class SlabFile:

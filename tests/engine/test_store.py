@@ -36,10 +36,10 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
     found = Live()
     make, free = memory.Slot.__init__, memory.Slot.free
 
-    def made(slot: memory.Slot, nbytes: int) -> None:
+    def made(slot: memory.Slot, nbytes: int, *place: Any) -> None:
         found.now += nbytes
         found.most = max(found.most, found.now)
-        make(slot, nbytes)
+        make(slot, nbytes, *place)
 
     def freed(slot: memory.Slot) -> None:
         free(slot)
