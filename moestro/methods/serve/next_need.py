@@ -33,7 +33,7 @@ class Config(BaseConfig):
         half_life: runs of a layer after which one counts half.
     """
 
-    half_life: float = Field(default=128.0, gt=0)
+    half_life: float = Field(default=32.0, gt=0)
 
 
 @dataclass

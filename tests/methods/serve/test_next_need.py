@@ -48,7 +48,7 @@ def test_equal_frequencies_go_by_the_distance_of_their_layer() -> None:
         policy.on_access(key, time)  # type: ignore[attr-defined]
     assert policy.wait((1, 2)) < policy.wait((2, 2))  # type: ignore[attr-defined]
     assert policy.wait((2, 2)) - policy.wait((1, 2)) == pytest.approx(1)  # type: ignore[attr-defined]
-    decay = 0.5 ** (1 / 128)
+    decay = 0.5 ** (1 / 32)
     needed_first = 1 + 3 * ((1 + decay) / decay - 1)  # in the first of two runs; every third step is one, the next too
     assert policy.wait((1, 1)) == pytest.approx(needed_first)  # type: ignore[attr-defined]
     assert policy.victim([(1, 2), (2, 2)]) == (2, 2)  # type: ignore[attr-defined]
