@@ -5,21 +5,34 @@ The same object runs in the simulator and in the engine's store. Light: nothing 
 
 import heapq
 import itertools
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, Final
 
 from moestro.core.expert_cache import Key
+
+
+MEMORY: Final = 0.9
+"""How much of what is thought of a layer's wishes stays when the layer has run."""
 
 
 class Reads:
     """A queue of what somebody needs, and of keys that somebody may need.
 
+    Whether wishes for a layer are worth reading shows when it runs: of those that were not in memory, the share that
+    was needed, a running mean. It is kept for layers whose wishes are not read as well, so they may come back.
+
+    Args:
+        least_right: share from which on a layer's wishes are worth reading; 0: always.
+
     Attributes:
-        wished: keys asked for ahead and not begun -> (priority, number of the request).
+        wished: keys asked for ahead and not begun -> (priority, number of the request). right: layer -> that share.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least_right: float = 0.0) -> None:
+        self.least_right = least_right
+        self.right: dict[int, float] = {}
         self.wished: dict[Key, tuple[int, int]] = {}
+        self._guessed: dict[int, set[Key]] = {}
         self._heap: list[tuple[int, int, Any]] = []
         self._numbers = itertools.count()
 
@@ -37,6 +50,18 @@ class Reads:
         self.wished[key] = (priority, number)
         heapq.heappush(self._heap, (priority, number, key))
         return known is None
+
+    def guess(self, layer: int, absent: Iterable[Key]) -> bool:
+        """Note what was wished for a layer and is not in memory; whether to read it."""
+        self._guessed.setdefault(layer, set()).update(absent)
+        return self.right.get(layer, 1.0) >= self.least_right
+
+    def ran(self, layer: int, needed: Collection[Key]) -> None:
+        """A layer runs with these."""
+        guessed = self._guessed.pop(layer, None)
+        if guessed:
+            right = len(guessed.intersection(needed)) / len(guessed)
+            self.right[layer] = MEMORY * self.right.get(layer, 1.0) + (1 - MEMORY) * right
 
     def drop(self, keys: Iterable[Key]) -> None:
         """Nobody wishes for these any more."""

@@ -22,6 +22,9 @@ from moestro.engine.store import ExpertStore
 PASSES = 16
 """Passes of the queue that a policy is told of which does not say how many."""
 
+LEAST_RIGHT = 0.5
+"""Of what a forecast names and memory lacks, the share that must turn out needed; else it is not read ahead."""
+
 
 class Native:
     """A packed model, ready to run.
@@ -73,7 +76,7 @@ class Native:
                     f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
                     "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
                 )
-            self.store = ExpertStore(packed, self.budget, leaves)
+            self.store = ExpertStore(packed, self.budget, leaves, least_right=LEAST_RIGHT)
         self.forward = NativeForward(
             description, pages=pages, store=self.store, slabs=slabs, forecast=foresees, threads=threads
         )

@@ -29,7 +29,7 @@ class ExpertStore:
     Args:
         packed: the model. budget_bytes: of slabs in memory; never exceeded. policy: who leaves.
         readers: threads; two keep a disk busy, more take time from computing. read: stands in for ``os.preadv``.
-        patience_s: see ``PATIENCE_S``.
+        patience_s: see ``PATIENCE_S``. least_right: see ``Reads``.
 
     Attributes:
         counters: what happened. cache: who is in memory.
@@ -47,6 +47,7 @@ class ExpertStore:
         readers: int = 2,
         read: Read | None = None,
         patience_s: float = PATIENCE_S,
+        least_right: float = 0.0,
     ) -> None:
         largest = max((there.stride for there in packed.experts.values()), default=0)
         if budget_bytes < max(largest, 1):
@@ -61,7 +62,7 @@ class ExpertStore:
         self._file = SlabFile(packed.path / EXPERTS, packed.files[EXPERTS][0], read)
         self._slots = Slots()
         self._entries: dict[Key, Entry] = {}
-        self._reads = Reads()
+        self._reads = Reads(least_right)
         lock = threading.RLock()  # of two conditions: readers wait for work, all others for a change
         self._work, self._change = threading.Condition(lock), threading.Condition(lock)
         self._running: list[Entry] = []
@@ -126,7 +127,8 @@ class ExpertStore:
             for layer, new in by_layer.items():
                 self._unwish(key for key in self._reads.of(layer) if key not in new)
                 self.cache.spare(layer, new)
-            return sum(self._wish(keys, wish.priority) for wish, keys in parts)
+            worth = {layer for layer, new in by_layer.items() if self._reads.guess(layer, new - self._entries.keys())}
+            return sum(self._wish(keys, wish.priority) for wish, keys in parts if wish.layer in worth)
 
     def cancel(self, layer: int | None = None) -> int:
         """Forget what was asked for ahead (of one layer) and not begun; how many."""
@@ -166,7 +168,7 @@ class ExpertStore:
         self._check_open()
         self.cache.step(keys)
         self.cache.spare(layer, ())
-        needed = set(keys)
+        self._reads.ran(layer, needed := set(keys))
         wished = self._reads.of(layer)
         self._reads.drop(key for key in wished if key in needed)
         self._unwish(key for key in wished if key not in needed)
@@ -201,9 +203,8 @@ class ExpertStore:
         for key in keys:
             self.cache.hold(key)
         entries = [self._need(key) for key in keys]
-        ids = np.asarray([expert for _, expert in keys], dtype=np.int32)
         pointers = np.asarray([entry.slot.address for entry in entries], dtype=np.int64)
-        return Lease(ids, pointers, self, entries)
+        return Lease(np.asarray([expert for _, expert in keys], dtype=np.int32), pointers, self, entries)
 
     def _fits(self, keys: list[Key]) -> bool:
         """Whether all keys can be in memory at a time, beside what others hold.
@@ -245,8 +246,7 @@ class ExpertStore:
             self._drop(self._entries.pop(old))
         self.cache.insert(key, size)
         self.cache.hold(key)
-        slot = self._slots.take(size, self.cache.budget)
-        entry = self._entries[key] = Entry(key, slot, time.monotonic(), ahead)
+        entry = self._entries[key] = Entry(key, self._slots.take(size, self.cache.budget), time.monotonic(), ahead)
         return entry
 
     def _drop(self, entry: Entry) -> None:

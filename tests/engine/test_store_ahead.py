@@ -141,3 +141,38 @@ def test_room_ahead_leaves_what_is_spared() -> None:
     cache.insert((1, 0), 1)
     cache.spare(0, ())
     assert (cache.room(), cache.room(ahead=True)) == (3, 3)
+
+
+def test_wishes_that_were_seldom_right_are_not_read_until_they_would_have_been(packed: Packed) -> None:
+    with store_of(packed, 6, least_right=0.5) as store:
+
+        def step(wished: tuple[int, ...], needed: list[int]) -> int:
+            """Whether what was wished for was asked of the disk."""
+            asked = store.ahead([Wish(1, wished)])
+            wait(lambda: not store._reads.wished and not store._running)
+            with store.acquire(1, needed) as lease:
+                contents(lease)
+            for layer in (0, 2):  # so that nothing of layer 1 stays
+                with store.acquire(layer, [0, 1, 2]) as lease:
+                    contents(lease)
+            return asked
+
+        asked = [step((5,), [1]) for _ in range(12)]
+        wrong = next(number for number, count in enumerate(asked) if not count)
+        assert 0.9**wrong < 0.5 <= 0.9 ** (wrong - 1)
+        assert not any(asked[wrong:])
+        assert store._reads.right.keys() == {1}
+        asked = [step((5,), [5]) for _ in range(6)]
+        assert asked[0] == 0, "they are watched while they are not read"
+        assert asked[-1] == 1
+        assert store.ahead([Wish(2, (7,))]) == 1, "another layer is another matter"
+
+
+def test_what_is_in_memory_says_nothing_of_wishes(packed: Packed) -> None:
+    with store_of(packed, 6, least_right=0.5) as store:
+        with store.acquire(1, [3, 4]) as lease:
+            contents(lease)
+        store.ahead([Wish(1, (3, 4))])
+        with store.acquire(1, [3]) as lease:
+            contents(lease)
+        assert store._reads.right == {}

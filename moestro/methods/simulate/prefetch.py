@@ -50,8 +50,10 @@ class Config(BaseConfig):
         budgets: shares of all experts' bytes, or bytes above 1. order: decode (token by token) or recorded (forwards as
         they were). batch: sequences side by side in decode.
         learn: share of the steps that policies and forecasts may learn from; the rest is measured.
+        least_right: share of a layer's wishes, of those not in memory, that must have been needed lately, else they are
+        not read; the engine takes 0.5.
         expert_bytes: of an expert. disk_bytes_per_s, disk_latency_s: of reading one. expert_s: seconds to compute one
-            for a step. layer_s: seconds of a layer beside its experts.
+        for a step. layer_s: seconds of a layer beside its experts.
     """
 
     forecasts: tuple[MethodUse, ...] = ()
@@ -61,6 +63,7 @@ class Config(BaseConfig):
     order: Literal["decode", "recorded"] = "decode"
     batch: int = Field(default=1, ge=1)
     learn: float = Field(default=0.25, ge=0, lt=1)
+    least_right: float = Field(default=0.0, ge=0, le=1)
     expert_bytes: int = Field(default=1 << 20, ge=1)
     disk_bytes_per_s: float = Field(default=1e9, gt=0)
     disk_latency_s: float = Field(default=1e-4, ge=0)
@@ -127,7 +130,7 @@ class Perfect(Nothing):
 def play(forecast: Forecast, policy: Any, rows: Rows, budget: int, config: Config) -> Counts:
     """Every step of the rows through a machine."""
     read_s = config.disk_latency_s + config.expert_bytes / config.disk_bytes_per_s
-    machine = Machine(policy, budget, config.expert_bytes, read_s, config.expert_s)
+    machine = Machine(policy, budget, config.expert_bytes, read_s, config.expert_s, config.least_right)
     told = rows.recorded
     running: set[int] = set()
     for part in rows.steps():

@@ -103,6 +103,19 @@ def test_what_was_wished_for_is_read_while_others_compute() -> None:
     assert found.hideable == pytest.approx(2.75)
 
 
+def test_a_layer_whose_wishes_are_seldom_right_is_not_read_ahead() -> None:
+    one = Machine(policy("lru"), 2, 1, 1.0, 0.25, least_right=0.5)
+    for number in range(9):
+        one.begin()
+        one.ahead([Wish(1, (7,))])
+        one.compute(2.0)  # so that it has been read
+        one.layer(0, [0, 1])
+        one.layer(1, [2])
+        # After n layers that did not need it, 0.9 ** n of what was wished for counts as right.
+        assert one.counts.bytes + one.counts.hits == 3 * (number + 1) + min(number + 1, 7)
+    assert 0.9**7 < 0.5 <= 0.9**6
+
+
 def test_stale_wishes_are_dropped_and_vain_ones_counted() -> None:
     one = machine(slots=3)
     one.begin()

@@ -53,14 +53,17 @@ class Machine:
 
     Args:
         policy: who leaves. budget: bytes. nbytes: of an expert. read_s, expert_s: seconds to read one, to compute one.
+        least_right: see ``Reads``.
     """
 
-    def __init__(self, policy: CachePolicy, budget: int, nbytes: int, read_s: float, expert_s: float) -> None:
+    def __init__(
+        self, policy: CachePolicy, budget: int, nbytes: int, read_s: float, expert_s: float, least_right: float = 0.0
+    ) -> None:
         self.cache = ExpertCache(policy, budget)
         self.nbytes, self.read_s, self.expert_s = nbytes, read_s, expert_s
         self.counts = Counts()
         self.now = 0.0
-        self._reads = Reads()
+        self._reads = Reads(least_right)
         self._free_at = 0.0  # when the reader was or will be through with what it reads
         self._running: Key | None = None
         self._coming: set[Key] = set()  # in the cache, not read yet
@@ -86,8 +89,9 @@ class Machine:
             self._wishes[layer] = new
             self._reads.drop([key for key in self._reads.of(layer) if key not in new])
             self.cache.spare(layer, new)
+        worth = {layer for layer, new in named.items() if self._reads.guess(layer, new - self.cache.resident.keys())}
         for wish, keys in parts:
-            for key in keys:
+            for key in keys if wish.layer in worth else ():
                 if key not in self.cache.resident:
                     self._reads.wish(key, wish.priority)
         self._advance(self.now)
@@ -109,6 +113,7 @@ class Machine:
             self.counts.foreseeable += len(keys)
         self.cache.spare(layer, ())
         self._reads.drop(self._reads.of(layer))
+        self._reads.ran(layer, keys)
         self.cache.step(keys)
         for number, wave in enumerate(list(waves(self.cache, keys, self.nbytes))):
             self._wave(wave, wishes if number == 0 else ())
