@@ -31,7 +31,9 @@ def register(app: typer.Typer) -> None:
         queue_tokens: int = typer.Option(1 << 18, "--queue-tokens", min=1, help="Their prompts and answers together."),
         chunk: int | None = typer.Option(None, "--chunk", min=1, help="Rows of a step at most; else 256."),
         policy: str | None = typer.Option(None, "--policy", help="Which expert of a packed model leaves memory."),
-        forecast: str | None = typer.Option(None, "--forecast", help="What says which experts to read ahead of need."),
+        forecast: str | None = typer.Option(
+            None, "--forecast", help="What says which experts to read ahead; none: nothing."
+        ),
         order: str | None = typer.Option(None, "--order", help="What says which tokens run together."),
         decoder: str | None = typer.Option(None, "--decoder", help="How to decode where a request does not say."),
         prefix_cache: bool = typer.Option(True, help="Keep beginnings of texts for those that begin alike."),

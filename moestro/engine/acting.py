@@ -9,10 +9,14 @@ from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
 from moestro.core.forecast import Forecast
 from moestro.core.plan import MethodUse, ServingPlan
 from moestro.core.registry import MethodInfo, infos, method
+from moestro.engine.dialect import ModelSpec
 
 
 POLICY: Final = MethodUse(method=DEFAULT_POLICY)
 """Who leaves memory where nobody says."""
+
+NOTHING: Final = "none"
+"""In place of a forecast: nothing is read ahead."""
 
 _RETURNS: Final = {"policy": "CachePolicy", "order": "Batcher", "decoder": "Decoder"}
 
@@ -24,11 +28,15 @@ def check_use(role: str, use: MethodUse) -> None:
         ConfigError: it cannot; says which can.
     """
 
+    if role == "forecast" and use == MethodUse(method=NOTHING):
+        return
+
     def fits(info: MethodInfo) -> bool:
         return "forecast" in info.entries if role == "forecast" else info.acts == _RETURNS[role]
 
     if use.method not in infos() or not fits(infos()[use.method]):
         known = ", ".join(name for name, info in infos().items() if fits(info))
+        known += f", {NOTHING}" if role == "forecast" else ""
         raise ConfigError(f"{role} {use.method} is none of {known}")
     method(use.method).configure(use.config)
 
@@ -68,6 +76,22 @@ def cache_and_forecast(policy: MethodUse, forecast: MethodUse | None) -> tuple[C
     if forecast is not None and policy.method == forecast.method and both is not None:
         return both, foresees
     return made("policy", policy), foresees
+
+
+def forecast_for(model: ModelSpec, asked: MethodUse | None) -> MethodUse | None:
+    """What says which experts of a model to read ahead: as asked, else what its routers allow.
+
+    A pre-gated model has decided already; what reads hidden states can be asked ahead of time; routers of token ids
+    tell the cache's policy instead.
+    """
+    if asked is not None:
+        return None if asked.method == NOTHING else asked
+    routers = [layer.router for layer in model.layers if layer.router is not None]
+    if any(router.ahead for router in routers):
+        return MethodUse(method="serve.pre_gated")
+    if model.token_router is not None or not routers:
+        return None
+    return MethodUse(method="serve.next_gate")
 
 
 def batcher_of(plan: ServingPlan) -> Batcher | None:

