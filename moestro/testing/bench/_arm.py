@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from moestro.core.forecast import Forecast, Peek, Wish
+
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -36,8 +38,9 @@ class Arm(Protocol):
 class Engine:
     """A packed folder on the native forward.
 
-    Options: folder; memory, bytes of the whole process, None for all resident; context; threads; policy; stream, a file
-    with int32 ``tokens`` [T] and, where the routing is to be replayed, ``ids`` [T, layers, k] and float32 ``weights``.
+    Options: folder; memory, bytes of the whole process, None for all resident; context; threads; policy; forecast, a
+    method; stream, a file with int32 ``tokens`` [T] and, where the routing is to be replayed, ``ids`` [T, layers, k]
+    and float32 ``weights``, and with it what gates said, float32 ``peek.L.M`` [T, E].
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -46,14 +49,19 @@ class Engine:
 
         self.batch, self.at = Batch, 0
         memory = options["memory"] or 1 << 50
-        policy = {"policy": options["policy"]} if options.get("policy") else {}
+        acting = {role: options[role] for role in ("policy", "forecast") if options.get(role)}
         self.native = Native(
-            Path(options["folder"]), memory, context=options["context"], threads=options["threads"], **policy
+            Path(options["folder"]), memory, context=options["context"], threads=options["threads"], **acting
         )
         self.forward = self.native.forward
         with np.load(options["stream"], allow_pickle=False) as stream:
             self.replayed = "ids" in stream
             self.ids, self.weights = (stream["ids"], stream["weights"]) if self.replayed else (None, None)
+            told = self.forward.forecast
+            if told is not None and self.replayed:
+                self.forward.forecast = Told(
+                    told, {name: stream[name] for name in stream if name.startswith("peek.")}, self
+                )
         self.forward.overrides.append(self.recorded)
         self.table = np.arange(self.forward.pages, dtype=np.int32)[None]
         self.about = {"isa": self.forward.kernels.features()["isa"], "budget": self.native.budget}
@@ -84,6 +92,26 @@ class Engine:
     def counters(self) -> dict[str, float]:
         """See ``Arm``."""
         return self.native.counters()
+
+
+class Told(Forecast):
+    """A forecast whose gates say what was recorded; the model's own are asked as well, and take their time."""
+
+    def __init__(self, other: Forecast, peeks: dict[str, Floats], arm: Engine) -> None:
+        self.name, self.other, self.peeks, self.arm = other.name, other, peeks, arm
+
+    def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
+        """See Forecast."""
+        return self.other.begin(tokens, positions, sequences)
+
+    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
+        """See Forecast."""
+
+        def recorded(later: int) -> Floats:
+            peek(later)
+            return self.peeks[f"peek.{layer}.{later}"][self.arm.at : self.arm.at + len(ids)]
+
+        return self.other.routed(layer, ids, recorded)
 
 
 def peak() -> int:

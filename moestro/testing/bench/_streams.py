@@ -53,7 +53,7 @@ def even(ids: Ints) -> Floats:
 
 
 def recorded(trace: Any) -> dict[str, npt.NDArray[Any]]:
-    """``tokens`` [T], ``ids`` [T, LAYERS, TOP_K] and ``weights`` of a trace, sequence by sequence.
+    """``tokens`` and ``positions`` [T], ``ids`` [T, LAYERS, TOP_K] and ``weights`` of a trace, sequence by sequence.
 
     Raises:
         ConfigError: the traced model has another number of layers, experts or choices than the reference model.
@@ -68,9 +68,12 @@ def recorded(trace: Any) -> dict[str, npt.NDArray[Any]]:
     blocks = [{name: np.asarray(block[name]) for name in names} for block in trace.scan(names)]
     rows = {name: np.concatenate([block[name] for block in blocks]) for name in names}
     order = np.lexsort([rows[name] for name in ("rank", "layer", "position", "sequence")])
-    cells = {name: rows[name][order].reshape(-1, LAYERS, TOP_K) for name in ("expert", "weight", "token_id")}
+    cells = {
+        name: rows[name][order].reshape(-1, LAYERS, TOP_K) for name in ("expert", "weight", "token_id", "position")
+    }
     return {
         "tokens": cells["token_id"][:, 0, 0].astype(np.int32),
+        "positions": cells["position"][:, 0, 0].astype(np.int32),
         "ids": cells["expert"].astype(np.int32),
         "weights": cells["weight"].astype(np.float32),
     }

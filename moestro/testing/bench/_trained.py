@@ -3,20 +3,30 @@
 A small mixture with as many layers, experts and choices as reference model R (12, 64, top-8), but thin (hidden 128,
 experts of 32), is trained from scratch on the documentation of Python's standard library, with 4096 tokens learned from
 it, a balance loss and a z-loss. Its routing over held-out files then is R's routing, layer by layer and expert by
-expert; nothing has to be mapped. It takes some minutes once; the trace is kept.
+expert; nothing has to be mapped. What its gates say of the next layer is recorded too, for what reads ahead. It takes
+some minutes once; model and trace are kept.
 """
 
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
+
+from moestro.core.errors import ConfigError
+from moestro.core.forecast import Recorded
 from moestro.core.trace import RoutingTrace
 from moestro.testing.bench._reference import EXPERTS, LAYERS, TOP_K, tell
 
 
 STEPS: Final = 300
 TOKENS: Final = 2048
-"""Of the trace."""
+LENGTH: Final = 512
+"""Of the trace, and of a sequence of it."""
 
 
 def recipe(steps: int = STEPS) -> dict[str, Any]:
@@ -63,11 +73,8 @@ def trained_trace(folder: Path, steps: int = STEPS) -> RoutingTrace:
     return RoutingTrace.open(path)
 
 
-def _record(folder: Path, path: Path, steps: int) -> None:
-    from moestro.data.corpora import corpus
-    from moestro.data.tokens import open_tokenizer
-    from moestro.models.load import load
-    from moestro.observe.record import record
+def _model(folder: Path, steps: int) -> Path:
+    """The trained mixture, trained when missing."""
     from moestro.training.recipe import Recipe
     from moestro.training.run import train
 
@@ -75,10 +82,67 @@ def _record(folder: Path, path: Path, steps: int) -> None:
     if not (run / "model" / "config.json").is_file():
         tell(f"training a mixture of {LAYERS} layers and {EXPERTS} experts for its routing ({steps} steps)")
         train(Recipe.parse(recipe(steps)), run)
+    return run / "model"
+
+
+def _record(folder: Path, path: Path, steps: int) -> None:
+    from moestro.data.corpora import corpus
+    from moestro.data.tokens import open_tokenizer
+    from moestro.models.load import load
+    from moestro.observe.record import record
+
+    source = _model(folder, steps)
     tell("recording its routing")
-    model = load(str(run / "model"), dtype="float32")
+    model = load(str(source), dtype="float32")
     texts = {"docs": corpus("stdlib-docs", "heldout")}
     record(
-        model, open_tokenizer(run / "model"), texts, path, length=512, limit=TOKENS,
-        model=str(run / "model"), facts={"steps": steps, "data": "builtin:stdlib-docs, held-out files"},
+        model, open_tokenizer(source), texts, path, length=LENGTH, limit=TOKENS,
+        model=str(source), facts={"steps": steps, "data": "builtin:stdlib-docs, held-out files"},
     )  # fmt: skip
+
+
+def trained_gates(folder: Path, stream: Mapping[str, npt.NDArray[Any]]) -> Recorded:
+    """What the trained mixture's gates say of the next layer at each token of its trace, or at the first of them.
+
+    Args:
+        stream: ``tokens``, ``positions`` and ``ids``, see ``_streams.recorded``.
+
+    Raises:
+        ConfigError: the model does not route as the trace says: one of them is of another training.
+    """
+    from moestro.core.registry import method
+    from moestro.engine.describe import describe
+    from moestro.engine.native_forward import NativeForward
+    from moestro.engine.pack import pack_model
+    from moestro.engine.packed import EXPERTS as SLABS
+    from moestro.engine.packed import Packed
+    from moestro.engine.recorder import Recorder
+    from moestro.engine.store import ExpertStore
+
+    recorder, policy = Recorder(), method("serve.lru")
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        path = Path(place, "packed")
+        pack_model(_model(folder, STEPS), path, bits=32)
+        packed = Packed.open(path)
+        with ExpertStore(packed, packed.files[SLABS][0], policy.entry("policy")(policy.configure({}))) as store:
+            pages = -(-LENGTH // NativeForward.page)
+            forward = NativeForward(describe(packed, packed.resident()), pages=pages, store=store, forecast=recorder)
+            starts = np.flatnonzero(stream["positions"] == 0)
+            for number, part in enumerate(np.split(stream["tokens"], starts[1:])):
+                forward.step(
+                    SimpleNamespace(
+                        tokens=part, positions=np.arange(len(part), dtype=np.int32), sequences=[number],
+                        rows_of=np.zeros(len(part), np.int32), tables=np.arange(pages, dtype=np.int32)[None],
+                        want=np.zeros(0, np.int32), routes=None,
+                    )
+                )  # fmt: skip
+    found = recorder.recorded()
+    same = np.mean(
+        [(np.sort(found.routes[layer]) == np.sort(stream["ids"][:, layer])).mean() for layer in range(LAYERS)]
+    )
+    if same < 0.99:
+        raise ConfigError(
+            f"{folder}: the trained mixture chooses {same:.0%} of the experts that its trace names; remove trained and "
+            "trained.trace, they will be made anew"
+        )
+    return found

@@ -7,6 +7,10 @@ held at most is a row of its own. Where no group may be made, ours keeps to its 
 Routings are recorded streams (``_streams``), replayed on our side; logits must be those of a run with everything in
 memory, bit for bit, before and after timing. Routing cannot be overridden in llama.cpp: it follows its own, and its
 speed under a limit hardly depends on it. Prompts are read with the trained routing.
+
+Experts are read ahead as the server does it, by the next layer's gate: with trained routing, the gates say what those
+of the trained mixture said. Drawn routings have no gates, and nothing is read ahead; that is an arm of the trained one
+as well. Reads are hidden as far as nobody waits for them: against min(read, compute), which is the most that can be.
 """
 
 import statistics
@@ -14,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +28,7 @@ from moestro.testing.bench import _streams as streams
 from moestro.testing.bench._cgroup import drop, group
 from moestro.testing.bench._children import ArmError, Child
 from moestro.testing.bench._resident import BEFORE, LLAMA, missing, threads
-from moestro.testing.bench._trained import trained_trace
+from moestro.testing.bench._trained import trained_gates, trained_trace
 from moestro.testing.bench.harness import Row, paired_ratio, take_turns
 
 
@@ -33,6 +38,15 @@ DECODED, PEER_DECODED, SETTLE = 24, 3, 96
 """Tokens of a round, of a round of the peer, and decoded before anything is timed."""
 PROMPTS: Final = (32, 512)
 TRAINED: Final = "trained"
+GATE: Final = "serve.next_gate"
+ARMS: Final = {
+    "near-uniform": ("near-uniform", None),
+    "Zipf": ("Zipf", None),
+    TRAINED: (TRAINED, GATE),
+    "trained (nothing read ahead)": (TRAINED, None),
+    "own": ("own", GATE),
+}
+"""Name -> routing and what is read ahead."""
 NO_GROUP: Final = "no cgroup: own budget only"
 
 
@@ -47,6 +61,7 @@ class Limited:
     hits: float = 0.0
     needs: float = 0.0
     waited: float = 0.0
+    read: float = 0.0
     taken: float = 0.0
 
     def decode(self) -> float:
@@ -58,8 +73,19 @@ class Limited:
         self.hits += counted.get("hits", 0.0)
         self.needs += counted.get("hits", 0.0) + counted.get("misses", 0.0)
         self.waited += counted.get("waited_s", 0.0)
+        self.read += counted.get("reading_s", 0.0)
         self.taken += found["seconds"]
         return float(found["seconds"]) / DECODED
+
+    def hidden(self) -> Row:
+        """Of what can be hidden, what was; over all rounds, the first included."""
+        tokens = (self.at - SETTLE - BEFORE) / 1e3  # so that seconds become milliseconds a token
+        compute = self.taken - self.waited
+        hidden, most = max(self.read - self.waited, 0.0) / tokens, min(self.read, compute) / tokens
+        parts = {"read": self.read, "compute": compute, "waited": self.waited}
+        note = ", ".join(f"{name} {seconds / tokens:.1f}" for name, seconds in parts.items()) + " ms a token"
+        case = f"reads hidden, limit {LIMIT >> 20} MiB, {self.name} routing"
+        return Row(case, "hidden", "ms/token", hidden, "min(read, compute)", most, hidden / max(most, 1e-9), 0.0, note)
 
 
 def settle(child: Child) -> str:
@@ -75,9 +101,12 @@ def routings(folder: Path, place: Path, rounds: int) -> dict[str, str]:
     found: dict[str, Any] = {"own": {"tokens": tokens}}
     for name, ids in (("near-uniform", streams.uniform(length)), ("Zipf", streams.zipf(length, 0.3))):
         found[name] = {"tokens": tokens[:length], "ids": ids, "weights": streams.even(ids)}
-    found[TRAINED] = streams.recorded(trained_trace(folder))
-    if len(found[TRAINED]["tokens"]) < length:
-        raise ConfigError(f"the trace has {len(found[TRAINED]['tokens'])} tokens, {rounds} rounds need {length}")
+    trained = streams.recorded(trained_trace(folder))
+    if len(trained["tokens"]) < length:
+        raise ConfigError(f"the trace has {len(trained['tokens'])} tokens, {rounds} rounds need {length}")
+    trained = {name: values[:length] for name, values in trained.items()}  # an arm pays for all it loads
+    peeks = trained_gates(folder, trained).peeks
+    found[TRAINED] = {**trained, **{f"peek.{layer}.{later}": scores for (layer, later), scores in peeks.items()}}
     names = ("near-uniform", "Zipf", TRAINED, "own")
     return {name: streams.store(place / f"{name}.npz", found[name]) for name in names}
 
@@ -99,12 +128,14 @@ def run(rounds: int, model: Path | None = None) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="bench-") as place, ExitStack() as opened:
         common: dict[str, Any] = {"threads": threads(), "context": CONTEXT}
         files = routings(folder, Path(place), rounds)
-        wanted, arms = {}, {}
-        for name, file in files.items():
-            options = {**common, "folder": str(packed), "stream": file}
-            wanted[name] = expected(options, rounds)
+        wanted: dict[str, tuple[str, ...]] = {}
+        arms: dict[str, Limited] = {}
+        for name, (routing, forecast) in ARMS.items():
+            options = {**common, "folder": str(packed), "stream": files[routing]}
+            wanted[name] = wanted[routing] if routing in wanted else expected(options, rounds)
             drop(packed)
-            child = opened.enter_context(Child("engine", {**options, "memory": LIMIT}, group("moestro-" + name, LIMIT)))
+            limit = group(f"moestro-{len(arms)}", LIMIT)
+            child = opened.enter_context(Child("engine", {**options, "memory": LIMIT, "forecast": forecast}, limit))
             assert not child.about["torch"], "the engine's process must not import torch"
             arms[name] = Limited(child, name)
             arms[name].digests = (settle(child),)
@@ -115,8 +146,9 @@ def run(rounds: int, model: Path | None = None) -> list[Row]:
         for name, arm in arms.items():
             if arm.digests != wanted[name][: len(arm.digests)]:
                 raise ConfigError(f"{name}: logits under the limit are not those of the resident run")
-        rows += _prefill(arms[TRAINED], peer, rounds, wanted[TRAINED][-len(PROMPTS) :])
-        return rows + _memory(arms, peer)
+        trained = {name: arm for name, arm in arms.items() if name.startswith(TRAINED)}
+        rows += _prefill(trained, peer, rounds, wanted[TRAINED][-len(PROMPTS) :])
+        return rows + [arm.hidden() for arm in arms.values() if arm.hits < arm.needs] + _memory(arms, peer)
 
 
 def _peer(folder: Path, common: dict[str, Any], stream: str, opened: ExitStack) -> Child | str:
@@ -165,24 +197,27 @@ def _decode(arms: dict[str, Limited], peer: Child | str, rounds: int) -> list[Ro
     return rows
 
 
-def _prefill(ours: Limited, peer: Child | str, rounds: int, wanted: tuple[str, ...]) -> list[Row]:
+def _read(child: Child, count: int, digest: str | None = None) -> float:
+    """Seconds a token of a prompt."""
+    found = child.feed(0, count, 0)
+    if digest not in (None, found["digest"]):
+        raise ConfigError(f"prompt of {count}: logits under the limit are not those of the resident run")
+    return float(found["seconds"]) / count
+
+
+def _prefill(arms: dict[str, Limited], peer: Child | str, rounds: int, wanted: tuple[str, ...]) -> list[Row]:
     rows = []
     for count, digest in zip(PROMPTS, wanted, strict=True):
-
-        def read(child: Child, count: int = count, digest: str | None = None) -> float:
-            found = child.feed(0, count, 0)
-            if digest not in (None, found["digest"]):
-                raise ConfigError(f"prompt of {count}: logits under the limit are not those of the resident run")
-            return float(found["seconds"]) / count
-
         work: dict[str, Callable[[], float]] = {
-            TRAINED: lambda read=read, digest=digest: read(ours.child, digest=digest)  # type: ignore[misc]
+            name: partial(_read, arm.child, count, digest) for name, arm in arms.items()
         }
         if isinstance(peer, Child):
-            work[LLAMA] = lambda read=read, child=peer: read(child)  # type: ignore[misc]
+            work[LLAMA] = partial(_read, peer, count)
         seconds = take_turns(work, rounds)
-        case = f"prefill of {count} tokens, 8 bit, limit {LIMIT >> 20} MiB, trained routing"
-        rows.append(_rows(case, seconds[TRAINED], peer, seconds.get(LLAMA, []), "the peer follows its own routing"))
+        for name in arms:
+            case = f"prefill of {count} tokens, 8 bit, limit {LIMIT >> 20} MiB, {name} routing"
+            note = "the peer follows its own routing"
+            rows.append(_rows(case, seconds[name], peer, seconds.get(LLAMA, []), note))
     return rows
 
 
