@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from moestro.cli import main
+from moestro.core.bank import StackedFFN
 from moestro.core.errors import ConfigError
 from moestro.core.trace import RoutingTrace, trace
 from moestro.engine.pack import pack_model
 from moestro.models.load import load
-from moestro.testing.bench import _reference, _streams, cache, harness, offload
+from moestro.testing.bench import _low_packs, _reference, _streams, _trained, cache, harness, offload, offload_bits
 from moestro.testing.bench._cgroup import Group, drop, group
 from moestro.testing.bench._children import ArmError, Child
 from moestro.testing.bench._trained import recipe
@@ -114,6 +115,47 @@ def test_the_same_bits_under_a_limit_and_without_torch(made: Path) -> None:
     assert digests["resident"] == digests["limited"]
     with Child("engine", options(made, "plain.npz")) as child:
         assert child.feed(0, 16, 0)["digest"] != digests["resident"][0], "the recorded routing was not followed"
+
+
+def test_gates_say_what_was_recorded_and_are_read_ahead(made: Path) -> None:
+    with np.load(made / "routed.npz") as stream:
+        arrays = dict(stream)
+    ids = arrays["ids"]
+    for layer in range(ids.shape[1] - 1):  # each sees what the next one will choose
+        arrays[f"peek.{layer}.{layer + 1}"] = peeks = np.zeros((len(ids), 16), np.float32)
+        np.put_along_axis(peeks, ids[:, layer + 1], 5, axis=1)
+    _streams.store(made / "told.npz", arrays)
+    found = {}
+    for name, forecast in (("demand", None), ("ahead", "serve.next_gate")):
+        given = {**options(made, "told.npz", _just_enough(made)), "forecast": forecast}
+        with Child("engine", given) as child:
+            child.feed(0, 8, 0)
+            found[name] = child.feed(8, 40, 8, single=True)
+    assert found["demand"]["digest"] == found["ahead"]["digest"]
+    assert found["demand"]["counters"]["prefetched"] == 0
+    assert found["ahead"]["counters"]["prefetched"] > 10
+    assert found["ahead"]["counters"]["wasted"] == 0, "every expert that was named is needed"
+
+
+def test_gates_belong_to_the_trained_mixture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tiny_folder("mixtral", tmp_path / "model", head_dim=16)
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), trace(model := load(tmp_path / "model"), tmp_path / "run.trace"):
+        model(input_ids=ids)
+    for module in (_streams, _trained):
+        monkeypatch.setattr(module, "LAYERS", 2)
+    for name, value in (("EXPERTS", 5), ("TOP_K", 2)):
+        monkeypatch.setattr(_streams, name, value)
+    monkeypatch.setattr(_trained, "trained_model", lambda folder, steps: tmp_path / "model")
+    whole = _streams.recorded(RoutingTrace.open(tmp_path / "run.trace"))
+    stream = {name: values[:22] for name, values in whole.items()}  # two sequences and a part of the third
+    told = _trained.trained_gates(tmp_path, stream)
+    assert told.peeks.keys() == {(0, 1)}
+    assert told.peeks[0, 1].shape == (22, 5)
+    assert (told.tokens == stream["tokens"]).all()
+    assert (told.positions == stream["positions"]).all()
+    with pytest.raises(ConfigError, match=r"chooses \d+% of the experts that its trace names"):
+        _trained.trained_gates(tmp_path, {**stream, "ids": (stream["ids"] + 1) % 5})
 
 
 def _just_enough(made: Path) -> int:
@@ -221,3 +263,38 @@ def test_every_policy_is_held_against_the_bound(tmp_path: Path) -> None:
     assert "told the future" in against["belady"].note
     assert "told the future" not in bound["lfu"].note
     assert bound["lru"].ratio == pytest.approx(1 / against["belady"].ratio)
+
+
+def test_pruned_routing_keeps_what_weighs_much_and_half_of_the_rest() -> None:
+    draw = np.random.default_rng(0)
+    weights = -np.sort(-draw.random((400, 2, 4)).astype(np.float32) + 0.01)
+    weights /= weights.sum(-1, keepdims=True)
+    ids = np.argsort(draw.random((400, 2, 16)), axis=-1)[..., :4].astype(np.int32)
+    weights = -np.sort(-weights, axis=-1)
+    found = offload_bits.pruned({"ids": ids, "weights": weights, "tokens": np.arange(400)})
+    kept = found["ids"] >= 0
+    assert kept[..., 0].all()
+    assert np.allclose(kept[..., 1:].mean((0, 1)), 0.5, atol=0.01)
+    assert (found["ids"] == ids)[kept].all()
+    assert np.allclose(found["weights"].sum(-1), 1, atol=1e-6)
+    assert (found["weights"][~kept] == 0).all()
+    ratio = weights[..., 1:] / weights[..., :1]
+    for layer in range(2):
+        for rank in range(3):
+            there = kept[:, layer, rank + 1]
+            assert ratio[there, layer, rank].min() >= ratio[~there, layer, rank].max()
+
+
+def test_ternary_experts_have_three_values_a_row_and_mostly_zeros(tmp_path: Path) -> None:
+    tiny_folder("qwen3_moe", tmp_path / "model")
+    model = load(tmp_path / "model")
+    _low_packs._make_ternary(model)
+    banks = [module for module in model.modules() if isinstance(module, StackedFFN)]
+    assert banks
+    for bank in banks:
+        for weight in (*bank.gate_up_proj.detach(), *bank.down_proj.detach()):
+            assert (weight == 0).float().mean() == pytest.approx(0.885, abs=0.01)
+            for row in weight:
+                values = row.unique()
+                assert len(values) <= 3
+                assert set(values.abs().tolist()) <= {0.0, float(row.abs().max())}

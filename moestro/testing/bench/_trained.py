@@ -73,7 +73,7 @@ def trained_trace(folder: Path, steps: int = STEPS) -> RoutingTrace:
     return RoutingTrace.open(path)
 
 
-def _model(folder: Path, steps: int) -> Path:
+def trained_model(folder: Path, steps: int) -> Path:
     """The trained mixture, trained when missing."""
     from moestro.training.recipe import Recipe
     from moestro.training.run import train
@@ -91,7 +91,7 @@ def _record(folder: Path, path: Path, steps: int) -> None:
     from moestro.models.load import load
     from moestro.observe.record import record
 
-    source = _model(folder, steps)
+    source = trained_model(folder, steps)
     tell("recording its routing")
     model = load(str(source), dtype="float32")
     texts = {"docs": corpus("stdlib-docs", "heldout")}
@@ -122,7 +122,7 @@ def trained_gates(folder: Path, stream: Mapping[str, npt.NDArray[Any]]) -> Recor
     recorder, policy = Recorder(), method("serve.lru")
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
         path = Path(place, "packed")
-        pack_model(_model(folder, STEPS), path, bits=32)
+        pack_model(trained_model(folder, STEPS), path, bits=32)
         packed = Packed.open(path)
         with ExpertStore(packed, packed.files[SLABS][0], policy.entry("policy")(policy.configure({}))) as store:
             pages = -(-LENGTH // NativeForward.page)
