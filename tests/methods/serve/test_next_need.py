@@ -96,3 +96,52 @@ def test_one_that_left_and_came_back_within_a_step_may_leave_again() -> None:
     assert policy.victim(both) == (1, 0)  # type: ignore[attr-defined]
     assert policy.victim([(0, 0)]) == (0, 0)  # type: ignore[attr-defined]
     assert policy.victim(both) == (1, 0)  # type: ignore[attr-defined]
+
+
+def test_what_follows_the_last_choice_stays() -> None:
+    """Three experts take turns: by frequency the third goes, by company it comes next."""
+    turns = [1, 2, 3, 1, 2, 3, 1, 2]
+    for company, gone in ((0.0, (0, 3)), (0.7, (0, 1))):
+        policy = made(company=company, half_life=1e12, pair_half_life=1e12)
+        for time, expert in enumerate(turns, start=1):
+            policy.on_access((0, expert), time)  # type: ignore[attr-defined]
+        assert policy.victim([(0, 1), (0, 3)]) == gone  # type: ignore[attr-defined]
+    often = {1: 3 / 8, 3: 2 / 8}
+    after = {1: (0 + 4 * 3 / 8) / (2 + 4), 3: (2 + 4 * 2 / 8) / (2 + 4)}  # two of the runs that needed 2 were followed
+    for expert in (1, 3):
+        share = 0.3 * often[expert] + 0.7 * after[expert]
+        assert policy.wait((0, expert)) == pytest.approx(1 / share)  # type: ignore[attr-defined]
+
+
+def test_company_is_the_mean_over_what_the_last_run_needed_and_ages() -> None:
+    policy = made(company=1.0, half_life=1e12, pair_half_life=1)
+    runs = [(1, 2), (3,), (1,), (4,), (1, 2)]
+    for time, needed in enumerate(runs, start=1):
+        for expert in needed:
+            policy.on_access((0, expert), time)  # type: ignore[attr-defined]
+    # 1 was followed by 3, then by 4; 2 by 3 alone. What is one such run old counts half.
+    after_1 = (0.5 + 4 * 1 / 5) / (1.5 + 4)
+    after_2 = (1.0 + 4 * 1 / 5) / (1.0 + 4)
+    assert policy.wait((0, 3)) == pytest.approx(2 / (after_1 + after_2))  # type: ignore[attr-defined]
+    after_1 = (1.0 + 4 * 1 / 5) / (1.5 + 4)
+    after_2 = (0.0 + 4 * 1 / 5) / (1.0 + 4)
+    assert policy.wait((0, 4)) == pytest.approx(2 / (after_1 + after_2))  # type: ignore[attr-defined]
+
+
+def test_layers_of_many_experts_go_by_frequency() -> None:
+    waits = []
+    for company in (0.0, 0.7):
+        policy = made(company=company)
+        for time, expert in enumerate([1, 600, 2, 600, 1], start=1):
+            policy.on_access((0, expert), time)  # type: ignore[attr-defined]
+        waits.append([policy.wait((0, expert)) for expert in (1, 2, 600)])  # type: ignore[attr-defined]
+    assert waits[0] == waits[1]
+
+
+def test_experts_that_were_read_ahead_count_though_nobody_needed_them() -> None:
+    policy = made()
+    policy.on_insert((3, 9), 1)  # type: ignore[attr-defined]
+    assert policy.wait((3, 9)) == 0, "its layer is about to run"  # type: ignore[attr-defined]
+    policy.on_access((0, 1), 2)  # type: ignore[attr-defined]
+    policy.on_insert((0, 5), 2)  # type: ignore[attr-defined]
+    assert policy.wait((0, 5)) > policy.wait((0, 1))  # type: ignore[attr-defined]
