@@ -71,7 +71,7 @@ class Native:
             if isinstance(leaves, Oracle) and model.token_router is None:
                 raise ConfigError(
                     f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
-                    "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
+                    f"(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
                 )
             self.store = ExpertStore(packed, self.budget, leaves)
         self.forward = NativeForward(
