@@ -108,6 +108,8 @@ def test_whoever_waited_longest_goes_first() -> None:
     assert batcher.take(pending, 1) == [0, 1, 0, 0]
     assert batcher.take(pending, 2) == [0, 1, 1, 0]
     assert batcher.take(pending, 5) == [1, 2, 2, 0]
+    exactly = [Pending(1, False, wait, np.array([number], np.int32)) for number, wait in enumerate((0.9, 1.0))]
+    assert batcher.take(exactly, 1) == [0, 1]
 
 
 def test_negative_waits_are_refused() -> None:
