@@ -102,12 +102,13 @@ def test_a_pattern_is_the_union_of_each_rows_best_by_the_chance_that_any_needs_i
     assert everyone.tolist() == np.argsort(-chance[:4]).tolist()
 
 
-@pytest.mark.parametrize(("factor", "count"), [(1.0, 10), (1.1, 11), (1.11, 12), (0.05, 1), (9.0, 16)])
+@pytest.mark.parametrize(("factor", "count"), [(1.0, 25), (1.12, 28), (1.13, 29), (0.01, 1), (9.0, 40)])
 def test_so_many_experts_are_expected_of_a_token(factor: float, count: int) -> None:
-    logits = np.random.default_rng(3).normal(size=(1, 16)).astype(np.float32)
-    (found,) = MODULE.pattern(logits, (LayerShape(layer=0, experts=16, top_k=10),), factor)  # 1.1 * 10 is above 11
+    logits = np.random.default_rng(3).normal(size=(1, 40)).astype(np.float32)
+    layers = (LayerShape(layer=0, experts=40, top_k=25),)
+    (found,) = MODULE.pattern(logits, layers, factor)  # 1.12 * 25 is a little above 28
     assert found.tolist() == np.argsort(-logits[0])[:count].tolist()
-    marks = rivals.top(logits, (LayerShape(layer=0, experts=16, top_k=10),), factor)
+    marks = rivals.top(logits, layers, factor)
     assert sorted(found.tolist()) == np.flatnonzero(marks[0]).tolist()
 
 
