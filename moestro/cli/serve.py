@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         """
         from moestro.core.errors import ConfigError
         from moestro.engine.access import check_bind, read_key
-        from moestro.engine.acting import POLICY, batcher_of, decoder_of
+        from moestro.engine.acting import POLICY, batcher_of, decoder_of, order_of
         from moestro.engine.open import open_forward
         from moestro.engine.requests import Limits
         from moestro.engine.service import Engine
@@ -58,9 +58,6 @@ def register(app: typer.Typer) -> None:
             raise ConfigError("serving needs the package uvicorn; run pip install 'moestro[serve]'")
         uses = {"policy": policy, "forecast": forecast, "order": order, "decoder": decoder}
         asked = _planned(plan, memory, uses, {"context": context, "running": running, "chunk": chunk})
-        limits = Limits(
-            running=asked.running or 16, chunk=asked.chunk or 256, waiting=queue, waiting_tokens=queue_tokens
-        )
         opened = open_forward(
             model,
             asked.budget_bytes,
@@ -69,8 +66,17 @@ def register(app: typer.Typer) -> None:
             forecast=asked.forecast,
             model_hash=asked.model_hash,
         )
+        first, width = order_of(asked, opened.forward)
+        limits = Limits(
+            running=asked.running or 16,
+            chunk=asked.chunk or 256,
+            waiting=queue,
+            waiting_tokens=queue_tokens,
+            width=width,
+        )
         batcher, decodes = batcher_of(asked), decoder_of(asked)
-        _listen(Engine(opened, limits, share=prefix_cache, batcher=batcher, decoder=decodes), key, host, port)
+        engine = Engine(opened, limits, share=prefix_cache, order=first, batcher=batcher, decoder=decodes)
+        _listen(engine, key, host, port)
 
 
 def _planned(
