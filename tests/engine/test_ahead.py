@@ -197,6 +197,8 @@ def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> No
         told = "must be told the future, which only routers of token ids know .* use serve.next_need or another"
         with pytest.raises(ConfigError, match=f"{policy} {told}"):
             few(tmp_path / "packed", policy=policy)
+    with pytest.raises(ConfigError, match=r"serve.read_me_belady expects .* layer by layer: use serve.next_gate"):
+        few(tmp_path / "packed", forecast="serve.read_me_belady")
     native = few(packed, policy="serve.belady")
     run(Scheduler(native.forward), *answers(3))
     native.close()
