@@ -111,6 +111,7 @@ def test_engine_and_simulator_miss_alike_by_one_plan(
             "one object with one set of settings",
         ),
         ({"order": "serve.expertflow"}, "order serve.expertflow is none of serve.read_me_batching"),
+        ({"order": "serve.expertflow", "forecast": "serve.next_gate"}, "order serve.expertflow is none of"),
         ({"order": "serve.next_gate", "forecast": "serve.next_gate"}, "order serve.next_gate is none of"),
         (
             {"order": "serve.none", "forecast": "serve.none"},

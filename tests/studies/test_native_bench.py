@@ -34,6 +34,16 @@ def test_ratios_are_times_as_fast_by_turns(monkeypatch: pytest.MonkeyPatch) -> N
     assert [first.count(name) for name in cost] == [2, 2, 2]
 
 
+def test_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, cost = [0.0], {"half": itertools.chain([1.0], itertools.repeat(6.0)), "fast": itertools.repeat(2.0)}
+    monkeypatch.setattr(bench.time, "process_time", lambda: now[0])
+
+    def call(name: str) -> None:
+        now[0] += next(cost[name])
+
+    assert bench.ratios({name: lambda name=name: call(name) for name in cost}, 1, "half") == {"half": 1, "fast": 3}
+
+
 @pytest.mark.parametrize("name", ["f16", "q8", "q4", "q2", "t1"])
 def test_matrices_are_sound_and_as_large_as_their_layout(name: str) -> None:
     matrix = bench.drawn(np.random.default_rng(0), 96, 768, name)
@@ -99,14 +109,22 @@ def test_what_finequant_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert many == {name: [list(range(64))] for name in ("f16", "q8", "q4")}
 
 
+class Thrice:
+    """The shortest budget, with three matrices in turn."""
+
+    def pick(self, *, ci: Any, micro: Any, full: Any) -> Any:
+        return 3 if (ci, full) == (1, 12) else ci
+
+
 def test_what_qmoe_times(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = layouts_of(monkeypatch, qmoe_inference)
     arms = ("half", "ternary", "four_bits", "two_bits")
-    found = {arm: qmoe_inference.run(arm, 0, BUDGETS["ci"]) for arm in arms}
+    budget: Any = Thrice()
+    found = {arm: qmoe_inference.run(arm, 0, budget) for arm in arms}
     qmoe_inference.speeds.cache_clear()
     one, many, whole = seen
-    assert one == {name: [1] for name in ("f16", "t1", "q4", "q2")}
-    assert many == {name: [32] for name in ("f16", "t1", "q4", "q2")}
+    assert one == {name: [1] * 3 for name in ("f16", "t1", "q4", "q2")}
+    assert many == {name: [32] * 3 for name in ("f16", "t1", "q4", "q2")}
     assert whole == {name: [[0], [1]] for name in ("f16", "t1", "q4", "q2")}
     assert [found["ternary"][name] for name in ("times", "times_32", "whole")] == [12, 22, 32]
     assert found["ternary"]["over_four_bits"] == 14 / 12  # four bits are 14 times as fast as 16, ternary is 12 times
