@@ -237,6 +237,23 @@ def test_who_is_foreseen_goes_last_and_the_latest_layer_first() -> None:
     assert gone[2:] == beyond + within
 
 
+def test_what_an_earlier_step_foresaw_protects_nobody() -> None:
+    made = flow(slots=14)
+    likeliest = {}
+    for token in range(12):
+        begin(made, [token])
+        likeliest[token] = made._pattern[1][0]
+    begin(made, [0, 1])
+    now = made._pattern[1]
+    token, gone = next((token, expert) for token, expert in likeliest.items() if expert not in now)
+    begin(made, [token])
+    begin(made, [0, 1])
+    for time, key in enumerate([(1, now[-1]), (1, gone)]):
+        made.on_access(key, time)
+        made.on_insert(key, time)
+    assert made.victim([(1, now[-1]), (1, gone)]) == (1, gone)
+
+
 def test_who_was_read_ahead_in_vain_is_as_old_as_its_reading() -> None:
     made = flow(slots=6)
     for time, key in enumerate([(1, 0), (1, 1), (1, 2)]):
