@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from moestro.core.plan import ServingPlan
+    from moestro.engine.open import Opened
     from moestro.engine.service import Engine
 
 __all__ = ["register"]
@@ -44,10 +45,8 @@ def register(app: typer.Typer) -> None:
         """
         from moestro.core.errors import ConfigError
         from moestro.engine.access import check_bind, read_key
-        from moestro.engine.acting import POLICY, batcher_of, decoder_of
+        from moestro.engine.acting import POLICY
         from moestro.engine.open import open_forward
-        from moestro.engine.requests import Limits
-        from moestro.engine.service import Engine
 
         key = None
         if api_key_file is not None:
@@ -60,9 +59,6 @@ def register(app: typer.Typer) -> None:
             raise ConfigError("serving needs the package uvicorn; run pip install 'moestro[serve]'")
         uses = {"policy": policy, "forecast": forecast, "order": order, "decoder": decoder}
         asked = _planned(plan, memory, uses, {"context": context, "running": running, "chunk": chunk})
-        limits = Limits(
-            running=asked.running or 16, chunk=asked.chunk or 256, waiting=queue, waiting_tokens=queue_tokens
-        )
         opened = open_forward(
             model,
             asked.budget_bytes,
@@ -71,8 +67,8 @@ def register(app: typer.Typer) -> None:
             forecast=asked.forecast,
             model_hash=asked.model_hash,
         )
-        batcher, decodes = batcher_of(asked), decoder_of(asked)
-        _listen(Engine(opened, limits, share=prefix_cache, batcher=batcher, decoder=decodes), key, host, port)
+        waiting = {"waiting": queue, "waiting_tokens": queue_tokens}
+        _listen(_engine(asked, opened, waiting, share=prefix_cache), key, host, port)
 
 
 def _planned(
@@ -98,6 +94,18 @@ def _planned(
     found = found.model_copy(update=said)
     check_plan(found)
     return found
+
+
+def _engine(plan: "ServingPlan", opened: "Opened", waiting: dict[str, int], *, share: bool) -> "Engine":
+    """An opened model with who decides what runs, by a plan; ``waiting`` limits the queue."""
+    from moestro.engine.acting import batcher_of, decoder_of, order_of
+    from moestro.engine.requests import Limits
+    from moestro.engine.service import Engine
+
+    order, width = order_of(plan, opened.forward)
+    limits = Limits(running=plan.running or 16, chunk=plan.chunk or 256, width=width, **waiting)
+    batcher, decoder = batcher_of(plan), decoder_of(plan)
+    return Engine(opened, limits, share=share, order=order, batcher=batcher, decoder=decoder)
 
 
 def _listen(engine: "Engine", key: bytes | None, host: str, port: int) -> None:

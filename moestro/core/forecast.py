@@ -38,7 +38,8 @@ class Forecast(Protocol):
     The wishes of one call replace what was wished before for the layers they name. A forecast may inherit from this:
     then it takes no interest in the model, in the beginnings of steps, or in the ends of sequences. Where it is also a
     policy of the cache, that stands in its attribute ``policy``, and whoever opens a model with both under one id
-    takes it from there.
+    takes it from there. One that also says which texts are written first has ``order``, a scheduler's, and ``width``,
+    how many in a step. One that makes sense only where a router of token ids decides has ``needs_token_router``, true.
 
     Attributes:
         name: id of the method.

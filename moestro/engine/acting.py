@@ -45,18 +45,28 @@ def check_plan(plan: ServingPlan) -> None:
     """Check every method that a plan names.
 
     Raises:
-        ConfigError: one cannot act as what it is named for, or policy and forecast are one method with two settings.
+        ConfigError: one cannot act as what it is named for, or what is one object with the forecast has two settings.
     """
     uses = {role: getattr(plan, role) for role in ("policy", "forecast", "order", "decoder")}
     for role, use in uses.items():
-        if use is not None:
+        if use is not None and not (role == "order" and _schedules(plan)):
             check_use(role, use)
-    policy, forecast = uses["policy"], uses["forecast"]
-    if policy is not None and forecast is not None and policy.method == forecast.method and policy != forecast:
-        raise ConfigError(
-            f"{policy.method} is policy with {policy.config} and forecast with {forecast.config}; it is one object "
-            "with one set of settings"
-        )
+    forecast = uses["forecast"]
+    for role in ("policy", "order"):
+        use = uses[role]
+        if use is not None and forecast is not None and use.method == forecast.method and use != forecast:
+            raise ConfigError(
+                f"{use.method} is {role} with {use.config} and forecast with {forecast.config}; it is one object "
+                "with one set of settings"
+            )
+
+
+def _schedules(plan: ServingPlan) -> bool:
+    """Whether the forecast of a plan is its order too: it says which texts are written first."""
+    order, forecast = plan.order, plan.forecast
+    if order is None or forecast is None or order.method != forecast.method or order.method not in infos():
+        return False
+    return hasattr(method(order.method).module, "order")
 
 
 def made(role: str, use: MethodUse) -> Any:
@@ -96,8 +106,19 @@ def forecast_for(model: ModelSpec, asked: MethodUse | None) -> MethodUse | None:
 
 def batcher_of(plan: ServingPlan) -> Batcher | None:
     """What runs together, by a plan."""
-    found: Batcher | None = None if plan.order is None else made("order", plan.order)
+    found: Batcher | None = None if plan.order is None or _schedules(plan) else made("order", plan.order)
     return found
+
+
+def order_of(plan: ServingPlan, forward: Any) -> tuple[Any, int | None]:
+    """(which texts are written first, how many in a step) where a plan's forecast says it too; else (None, None).
+
+    With all experts in memory nothing is foreseen, and texts are written as they come.
+    """
+    forecast = getattr(forward, "forecast", None)
+    if forecast is None or not _schedules(plan):
+        return None, None
+    return forecast.order, forecast.width
 
 
 def decoder_of(plan: ServingPlan) -> Decoder:

@@ -71,11 +71,8 @@ class Native:
         else:
             leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
             passes = getattr(leaves, "lookahead", PASSES)
-            if isinstance(leaves, Oracle) and model.token_router is None:
-                raise ConfigError(
-                    f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
-                    "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
-                )
+            if model.token_router is None:
+                _check_told(path, policy, leaves, forecast, foresees)
             self.store = ExpertStore(packed, self.budget, leaves, least_right=LEAST_RIGHT)
         self.forward = NativeForward(
             description, pages=pages, store=self.store, slabs=slabs, forecast=foresees, threads=threads
@@ -106,3 +103,20 @@ class Native:
         for slot in self._kept:
             slot.free()
         self._kept = []
+
+
+def _check_told(
+    path: Path, policy: str | MethodUse, leaves: Any, forecast: str | MethodUse | None, foresees: Forecast | None
+) -> None:
+    """Raise ConfigError for methods that must know the future, of a model whose routers decide layer by layer."""
+    if isinstance(leaves, Oracle):
+        raise ConfigError(
+            f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
+            f"(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
+        )
+    if forecast is not None and getattr(foresees, "needs_token_router", False):
+        raise ConfigError(
+            f"{path}: {as_use(forecast).method} expects a token's expert to be the same in all layers, as routers of "
+            "token ids have it (train.read_me); this model's decide layer by layer: use serve.next_gate or another "
+            "forecast"
+        )

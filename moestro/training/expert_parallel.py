@@ -223,7 +223,7 @@ def over_slices(routing: Routing, slices: int) -> Routing:
 def slice_experts(bank: StackedFFN, slices: int) -> dict[str, Tensor]:
     """The bank's parameters, every expert cut into ``slices`` by its inner units: their answers sum to the expert's.
 
-    The bias of the down-projection stays with the first slice.
+    The bias of the down-projection stays with the first slice; the others have zeros for it, which must not be trained.
 
     Raises:
         ConfigError: the inner units cannot be shared equally.
@@ -273,8 +273,10 @@ def shard_experts(
     dispatcher = AllToAll(bank.num_experts, group, one_copy=one_copy, links=links)
     here = dispatcher.experts_here
     mine = slice(dispatcher.rank * here, (dispatcher.rank + 1) * here)
+    later = dispatcher.rank % dispatcher.slices > 0  # a slice other than its expert's first
     for name, whole in slice_experts(bank, dispatcher.slices).items():
-        trains = bank.get_parameter(name).requires_grad
+        # Every slice's bias would get the whole gradient, and their sum would move once for each.
+        trains = bank.get_parameter(name).requires_grad and not (later and name == "down_proj_bias")
         bank.register_parameter(name, torch.nn.Parameter(whole[mine].clone(), requires_grad=trains))
     bank.num_experts, bank.inner = here, bank.inner // dispatcher.slices
     layer.dispatcher = dispatcher

@@ -7,15 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 
 from moestro.cli import main
-from moestro.cli.serve import _planned
+from moestro.cli.serve import _engine, _planned
+from moestro.core.decoding import PLAIN
 from moestro.core.plan import MethodUse, ServingPlan
 from moestro.data.tokens import byte_tokenizer
+from moestro.engine.requests import Limits
 from moestro.testing.tiny import tiny_folder
+from tests.engine.stub import StubForward
 
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +74,29 @@ def test_options_go_before_the_plan(tmp_path: Path) -> None:
     found = _planned(path, "1MiB", {"policy": "serve.lru", "decoder": None}, {"chunk": 9, "running": None})
     changes = {"budget_bytes": 1 << 20, "policy": MethodUse(method="serve.lru"), "chunk": 9}
     assert found == plan.model_copy(update=changes)
+
+
+def test_a_plan_s_methods_stand_in_the_engine() -> None:
+    def who_first(requests: list[Any]) -> list[Any]:
+        return requests
+
+    flow = MethodUse(method="serve.expertflow", config={"width": 3})
+    for uses, width, order, batcher in (
+        ({"forecast": flow, "order": flow}, 3, who_first, None),
+        ({"forecast": flow, "order": ORDER}, None, None, "serve.read_me_batching"),
+        ({"forecast": flow}, None, None, None),
+    ):
+        forward = StubForward()
+        forward.forecast = SimpleNamespace(order=who_first, width=3)  # type: ignore[attr-defined]
+        forward.gate = SimpleNamespace()  # type: ignore[attr-defined]
+        opened: Any = SimpleNamespace(forward=forward, cache=dict, close=lambda: None, context=64)
+        plan = ServingPlan(method="plan", budget_bytes=1, tiers={}, running=5, **uses)
+        engine = _engine(plan, opened, {"waiting": 7, "waiting_tokens": 99}, share=False)
+        engine.close()
+        scheduler = engine.scheduler
+        assert scheduler.limits == Limits(running=5, waiting=7, waiting_tokens=99, width=width)
+        assert (scheduler.order, getattr(scheduler.batcher, "name", None)) == (order, batcher)
+        assert engine.decoder is PLAIN
 
 
 def test_a_short_key_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,6 +132,14 @@ def test_slices_of_experts_are_the_experts(ranks: list[dict[str, Any]], name: st
             bank.get_parameter(key).copy_(sum(torch.tensor(one[f"bank.{key}"]) for one in alone))
         parts = torch.cat([torch.tensor(found[f"sliced {name}"][f"bank.{key}"]) for found in ranks])
         assert_close(parts, slice_experts(bank, 2)[key])
+    if "bias" in FORMS[name]:
+        for rank, found in enumerate(ranks):  # the bias belongs to the first slice: the others' zeros stay zeros
+            expert, part = divmod(rank, 2)
+            mine = found[f"sliced {name}"].get("bank.down_proj_bias")
+            assert (mine is None) == (part > 0)
+            if mine is not None:
+                whole_gradient = sum(torch.tensor(one["bank.down_proj_bias"]) for one in alone)
+                assert_close(mine, whole_gradient[expert : expert + 1])
 
 
 def assert_close(found: Any, expected: Tensor) -> None:

@@ -14,12 +14,14 @@ from moestro.core.plan import MethodUse, ServingPlan
 from moestro.core.registry import method
 from moestro.core.trace import RoutingTrace, trace
 from moestro.engine import room
-from moestro.engine.acting import as_use, batcher_of, check_plan, check_use, decoder_of, forecast_for
+from moestro.engine.acting import as_use, batcher_of, check_plan, check_use, decoder_of, forecast_for, order_of
 from moestro.engine.open import open_forward
 from moestro.engine.open_native import Native
 from moestro.engine.packed import EXPERTS, Packed
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
+from moestro.methods.serve._parts.route_file import Header, LayerShape
+from moestro.methods.serve._parts.route_file import save as save_predictor
 from moestro.testing.tiny import VOCAB
 from tests.engine.read_me_models import cut, saved
 from tests.engine.running import Answer, run
@@ -108,6 +110,17 @@ def test_engine_and_simulator_miss_alike_by_one_plan(
             },
             "one object with one set of settings",
         ),
+        ({"order": "serve.expertflow"}, "order serve.expertflow is none of serve.read_me_batching"),
+        ({"order": "serve.expertflow", "forecast": "serve.next_gate"}, "order serve.expertflow is none of"),
+        ({"order": "serve.next_gate", "forecast": "serve.next_gate"}, "order serve.next_gate is none of"),
+        (
+            {"order": "serve.none", "forecast": "serve.none"},
+            "order serve.none is none of|forecast serve.none is none of",
+        ),
+        (
+            {"forecast": MethodUse(method="serve.expertflow", config={"width": 3}), "order": "serve.expertflow"},
+            "order with .* and forecast with .*one object with one set of settings",
+        ),
     ],
 )
 def test_methods_that_cannot_act_so_are_refused(uses: dict[str, Any], told: str) -> None:
@@ -133,6 +146,44 @@ def test_a_whole_plan_is_served(recorded: Path) -> None:
     for ids, text in zip(asked, texts, strict=True):
         assert run(Scheduler(whole.forward), Answer(ids, 4, decoder=decoder_of(plan))) == [text]
     whole.close()
+
+
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One of random weights for the model."""
+    shapes = tuple(LayerShape(layer=layer, experts=3, top_k=1) for layer in (0, 1))
+    head = Header(layers=shapes, vocabulary=VOCAB, dim=8, heads=2, inner=8, depth=1, window=8, trace="none")
+    draw = np.random.default_rng(0)
+    weights = {name: draw.normal(size=shape).astype(np.float32) for name, shape in head.shapes().items()}
+    return str(save_predictor(tmp_path_factory.mktemp("predictor") / "one", head, weights))
+
+
+def test_what_forecasts_may_say_who_is_written_first(recorded: Path, predictor: str) -> None:
+    use = MethodUse(method="serve.expertflow", config={"predictor": predictor, "width": 2})
+    plan = planned(recorded, 3, policy=use, forecast=use, order=use)
+    check_plan(plan)
+    opened = Native(recorded, plan.budget_bytes, context=plan.context, policy=use, forecast=use)
+    order, width = order_of(plan, opened.forward)
+    assert (width, batcher_of(plan)) == (2, None)
+    assert order.__self__ is opened.forward.forecast is opened.store.cache.policy  # type: ignore[union-attr]
+    split: list[tuple[list[Any], list[Any]]] = []
+
+    def watched(requests: list[Any]) -> list[Any]:
+        split.append((requests, order(requests)))
+        return split[-1][1]
+
+    asked = [IDS[at % 3, at : at + 12].tolist() for at in range(5)]
+    scheduler = Scheduler(opened.forward, Limits(running=5, width=width, max_wait=1e9), order=watched)
+    texts = run(scheduler, *[Answer(ids, 6) for ids in asked])
+    assert any(before != after for before, after in split), "the order changed nothing"
+    opened.close()
+    whole = Native(recorded, 1 << 30, context=plan.context, policy=use, forecast=use)
+    assert order_of(plan, whole.forward) == (None, None)  # all experts are in memory: nobody forecasts
+    for ids, text in zip(asked, texts, strict=True):
+        assert run(Scheduler(whole.forward), Answer(ids, 6)) == [text]
+    whole.close()
+    for other in (planned(recorded, 3, forecast=use), planned(recorded, 3, order="serve.read_me_batching")):
+        assert order_of(other, opened.forward) == (None, None)
 
 
 def test_a_plan_for_another_model_is_refused(recorded: Path) -> None:

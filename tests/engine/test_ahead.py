@@ -1,6 +1,8 @@
 """Knowing what waits: batches by expert, the future as it is told to the cache's policy, the same texts in any case."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,10 @@ from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import ExpertCache, run_step
 from moestro.core.registry import method
 from moestro.engine import room
+from moestro.engine.ahead import Ahead, Foresight
 from moestro.engine.open_native import Native
 from moestro.engine.packed import Packed
-from moestro.engine.requests import Limits
+from moestro.engine.requests import Lane, Limits
 from moestro.engine.scheduler import Scheduler
 from moestro.engine.token_router import best
 from moestro.testing.tiny import VOCAB, tiny_folder
@@ -191,8 +194,11 @@ def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> No
     tiny_folder("qwen3_moe", tmp_path / "model", head_dim=16)
     pack_model(tmp_path / "model", tmp_path / "packed", bits=8)
     for policy in ("serve.belady", "serve.read_me_belady"):
-        with pytest.raises(ConfigError, match=f"{policy} must be told the future, which only routers of token ids"):
+        told = "must be told the future, which only routers of token ids know .* use serve.next_need or another"
+        with pytest.raises(ConfigError, match=f"{policy} {told}"):
             few(tmp_path / "packed", policy=policy)
+    with pytest.raises(ConfigError, match=r"serve.read_me_belady expects .* layer by layer: use serve.next_gate"):
+        few(tmp_path / "packed", forecast="serve.read_me_belady")
     native = few(packed, policy="serve.belady")
     run(Scheduler(native.forward), *answers(3))
     native.close()
@@ -201,6 +207,52 @@ def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> No
 def test_pending_without_experts_runs_in_order() -> None:
     waiting = [Pending(5, False), Pending(1, True), Pending(9, False), Pending(1, True)]
     assert batcher().take(waiting, 6) == [4, 1, 0, 1]
+
+
+def test_the_policy_is_told_of_layers_that_token_ids_decide_and_of_those_alone() -> None:
+    """Layer 2 decides for itself: its steps are told as needing nobody, so that times agree."""
+    told: list[tuple[int, Any]] = []
+    policy = SimpleNamespace(foresee=lambda steps, start: told.append((start, steps)))
+    store: Any = SimpleNamespace(cache=SimpleNamespace(policy=policy, time=6), _change=nullcontext())
+    foresight = Foresight(store, [1, 2, 5], frozenset({1, 5}), passes=4)
+    foresight.queue = [[3], [0, 2]]
+    foresight.begin(np.array([4, 1, 4], np.int32))
+    (now,) = told
+    assert now[0] == 7
+    passes = [[[(1, e) for e in experts], [], [(5, e) for e in experts]] for experts in ([1, 4], [3], [0, 2])]
+    assert now[1] == [step for one in passes for step in one]
+    assert foresight.queue == []
+
+
+def left_over(chosen: Any, experts: dict[str, list[int]], *, chunk: int, mixed: int, passes: int) -> list[list[int]]:
+    """The passes that are told of when the first token of each text runs now; texts named w are being written."""
+
+    def request(name: str) -> Any:
+        known = np.array(experts[name], np.int32)
+        lane = Lane(SimpleNamespace(length=0), 0)  # type: ignore[arg-type]
+        return SimpleNamespace(
+            tokens=[0] * len(known), prompt=[0] * len(known), lanes=[lane], ahead=known, ran=0.0, writing=name == "w"
+        )
+
+    foresight: Any = SimpleNamespace(passes=passes, queue=[])
+    ahead = Ahead(SimpleNamespace(), Limits(chunk=chunk, mixed=mixed), chosen, foresight)  # type: ignore[arg-type]
+    requests = {name: request(name) for name in experts}
+    running = [one for name, one in requests.items() if name != "waits"]
+    work = [SimpleNamespace(lane=one.lanes[0], stop=1) for one in running]
+    ahead.tell(work, running, [one for name, one in requests.items() if name == "waits"], 1.0)  # type: ignore[arg-type]
+    return foresight.queue
+
+
+def test_the_queue_is_cut_as_it_will_run() -> None:
+    texts = {"a": [9, 0, 1, 0], "b": [9, 1, 1]}
+    assert left_over(None, texts, chunk=2, mixed=1, passes=9) == [[0, 1], [0, 1], [1]]
+    assert left_over(batcher(), texts, chunk=2, mixed=1, passes=9) == [[1], [0, 1], [0]]
+    assert left_over(None, texts, chunk=2, mixed=1, passes=2) == [[0, 1], [0, 1]]
+    # While a text is written a step takes fewer rows of prompts; what waits to be let in comes behind.
+    texts = {"a": [9, 0, 1, 2], "w": [9], "waits": [3, 4]}
+    assert left_over(None, texts, chunk=4, mixed=2, passes=9) == [[0, 1], [2, 3], [4]]
+    assert left_over(batcher(), texts, chunk=4, mixed=2, passes=9) == [[0, 1, 2, 3], [4]]
+    assert left_over(None, texts, chunk=4, mixed=2, passes=1) == [[0, 1]]
 
 
 class Spy:

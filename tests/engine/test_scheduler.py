@@ -6,7 +6,7 @@ import pytest
 
 from moestro.core.decoding import Route
 from moestro.core.errors import ConfigError
-from moestro.engine.requests import BusyError, Limits
+from moestro.engine.requests import BusyError, Limits, Request
 from moestro.engine.scheduler import Scheduler
 from tests.engine.running import Answer, check_empty, run
 from tests.engine.stub import StubForward
@@ -199,6 +199,29 @@ def test_whoever_is_passed_over_comes_up_in_time() -> None:
                 last[n] = (len(answer.request.tokens), now[0])
     assert len(answers[0].tokens) > len(answers[3].tokens) > 8
     assert max(gaps.values()) <= 8
+
+
+def test_an_order_is_shown_the_longest_waiting_first_and_nobody_is_written_twice() -> None:
+    now, shown = [0.0], []
+    forward = StubForward()
+
+    def newest(ready: list[Request]) -> list[Request]:
+        shown.append([request.served for request in ready])
+        assert all(request.served > now[0] - 4.0 for request in ready), "who waited too long is not up for choice"
+        return ready[::-1]
+
+    limits = Limits(width=2, max_wait=4.0)
+    scheduler = Scheduler(forward, limits, order=newest, clock=lambda: now[0], share=False)
+    answers = [Answer([n], 20) for n in range(5)]
+    scheduler.submit(*(answer.request for answer in answers))
+    while scheduler.step():
+        now[0] += 1.0
+    assert any(len(set(times)) > 1 for times in shown)
+    assert all(times == sorted(times) for times in shown)
+    assert all(len(batch.sequences) == len(set(batch.sequences)) for batch in forward.steps)
+    assert [answer.tokens for answer in answers] == [
+        run(Scheduler(StubForward()), Answer([n], 20))[0] for n in range(5)
+    ]
 
 
 def test_draining_fails_what_waits_and_finishes_what_runs() -> None:

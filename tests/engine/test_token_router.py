@@ -69,6 +69,11 @@ def test_the_router_is_torch_s(kernels: str, tmp_path: Path) -> None:
     assert np.array_equal(best(found), wanted.argmax(-1))
 
 
+def test_equal_logits_go_to_the_lower_id_as_in_torch() -> None:
+    logits = np.array([[1, 3, 3, 0], [2, 2, 2, 2], [0, 0, 1, 1]], np.float32)
+    assert best(logits).tolist() == torch.from_numpy(logits).argmax(-1).tolist() == [1, 0, 2]
+
+
 @pytest.mark.parametrize("kernels", ["twin", "native"])
 def test_a_row_is_decided_alike_however_the_text_is_cut(kernels: str, tmp_path: Path) -> None:
     gate, ids = gate_of(saved(cut(), tmp_path), kernels), IDS[0].numpy().astype(np.int32)

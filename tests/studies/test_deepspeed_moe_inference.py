@@ -14,6 +14,8 @@ from moestro.studies._dispatch import (
     index_rows,
     index_tables,
     one_hot_tables,
+    ratio,
+    seconds_of,
 )
 from moestro.studies._framework import BUDGETS
 from moestro.studies._messages import WAYS, Machine, communicate, formula, rows_of, there_and_back
@@ -65,6 +67,21 @@ def test_what_dispatch_measures() -> None:
     assert found["difference"] <= 1e-6
     assert found["dropped_output"] == 0
     assert min(found[name] for name in ("speedup", "speedup_of_moves", "speedup_of_layer")) > 0
+
+
+def test_ratios_are_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first turn does not count, and one stray turn does not either."""
+    now, turns = [0.0], {"slow": 0, "fast": 0}
+    monkeypatch.setattr("moestro.studies._dispatch.time.process_time", lambda: now[0])
+
+    def call(name: str, seconds: float) -> None:
+        now[0] += seconds * {0: 100, 3: 7}.get(turns[name] if name == "slow" else -1, 1)
+        turns[name] += 1
+
+    seconds = seconds_of({"slow": lambda: call("slow", 6.0), "fast": lambda: call("fast", 2.0)}, 5)
+    assert seconds == {"slow": [6, 6, 42, 6, 6], "fast": [2] * 5}
+    assert ratio(seconds, "slow", "fast") == 3
+    assert ratio(seconds, "fast", "slow") == pytest.approx(1 / 3)
 
 
 def test_the_formulas_at_the_papers_size() -> None:

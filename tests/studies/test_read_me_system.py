@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from moestro.studies._serving import EXPERT_S, FIXED_S, TOKEN_S, Request, interleaved, known, serve
-from moestro.studies.read_me_system import margin, misses, sticky
+from moestro.core.batching import Pending
+from moestro.studies._serving import EXPERT_S, FIXED_S, TOKEN_S, Request, interleaved, known, serve, take
+from moestro.studies.read_me_system import EXPERTS, KEEP, margin, misses, sticky
 
 
 ARMS = ("fifo", "decode_first", "prefill_first", "expert_aware", "expert_wait")
@@ -47,6 +48,27 @@ def test_orders_by_hand() -> None:
     finished = {arm: serve(arm, two, [0.0, 0.0], rows=1, max_wait=9).latencies for arm in ARMS}
     assert finished["fifo"] == finished["decode_first"]
     assert all(len(found) == 2 for found in finished.values())
+
+
+def test_whom_each_order_takes_first() -> None:
+    none = np.zeros(3, np.int32)
+    reads, writes = Pending(3, False, experts=none), Pending(1, True, experts=none[:1])
+    for arm, first_reads, first_writes in (
+        ("fifo", [2, 0], [1, 1]),
+        ("decode_first", [1, 1], [1, 1]),
+        ("prefill_first", [2, 0], [0, 2]),
+    ):
+        assert take(arm, [reads, writes], 2, 9.0) == first_reads
+        assert take(arm, [writes, reads], 2, 9.0) == first_writes
+
+
+def test_made_up_tokens_keep_their_expert_as_often_as_said() -> None:
+    many = [one.experts for one in sticky(0, "full")]
+    stays = np.concatenate([one[1:] == one[:-1] for one in many]).mean()
+    assert stays == pytest.approx(KEEP + (1 - KEEP) / EXPERTS, abs=0.02)
+    share = np.bincount(np.concatenate(many), minlength=EXPERTS) / sum(map(len, many))
+    assert share == pytest.approx([1 / EXPERTS] * EXPERTS, abs=0.03)
+    assert {(len(one.experts), one.prompt) for one in sticky(0, "full")} == {(96, 64)}
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -16,7 +16,8 @@ in one, what its layer's share does not cover, the latest layer first, the least
 read when it is needed, before anything else; outputs never change.
 
 Scheduling (`order`): of the sequences that wait for their next token, the 2 T that wait longest are split into two
-groups by `_parts.token_split`, on the same patterns; T is the width of a step.
+groups by `_parts.token_split`, on the same patterns; T is the width of a step. A serving plan that names this method
+as forecast and, with the same settings, as order has texts written so.
 
 The predictor is learned from a trace (`learn`, the verb `moestro learn expertflow TRACE OUT`) and named by the setting
 ``predictor``; without one it is taught by whoever shows the forecast a recorded past.
@@ -127,6 +128,11 @@ class ExpertFlow(CachePolicy, Forecast):
     def policy(self) -> CachePolicy:
         """Itself."""
         return self
+
+    @property
+    def width(self) -> int:
+        """T."""
+        return self.config.width
 
     # -- what is foreseen ------------------------------------------------------------------------------------------
 

@@ -87,9 +87,10 @@ class KnownFuture(Foreseeing):
 
 
 class KnownExperts(Forecast):
-    """See Forecast."""
+    """See Forecast; of models in which a token takes the same expert in all layers."""
 
     name = "serve.read_me_belady"
+    needs_token_router = True
 
     def __init__(self, config: Config) -> None:
         self.policy = KnownFuture(config.lookahead)

@@ -97,9 +97,11 @@ def contrast(strong: Floats, weak: Floats, alpha: float, beta: float) -> Floats:
 
 
 def divergence(strong: Floats, weak: Floats) -> npt.NDArray[np.float64]:
-    """KL(softmax z_s || softmax z_w) in nats, [...]: large where the passes disagree."""
+    """KL(softmax z_s || softmax z_w) in nats, [...]: large where the passes disagree. What z_s closes adds nothing."""
     log_s, log_w = _log_softmax(strong), _log_softmax(weak)
-    found: npt.NDArray[np.float64] = (np.exp(log_s) * (log_s - log_w)).sum(axis=-1)
+    share = np.exp(log_s)
+    with np.errstate(invalid="ignore"):
+        found: npt.NDArray[np.float64] = np.where(share > 0, share * (log_s - log_w), 0.0).sum(axis=-1)
     return found
 
 

@@ -20,6 +20,7 @@ from moestro.core.trace import trace
 from moestro.engine.acting import as_use, cache_and_forecast
 from moestro.engine.requests import Limits
 from moestro.engine.scheduler import Scheduler
+from moestro.methods.serve._parts import route_rivals as rivals
 from moestro.methods.serve._parts.route_file import LayerShape, save
 from moestro.methods.serve._parts.route_predictor import load
 from moestro.models.load import load as load_model
@@ -101,6 +102,16 @@ def test_a_pattern_is_the_union_of_each_rows_best_by_the_chance_that_any_needs_i
     assert everyone.tolist() == np.argsort(-chance[:4]).tolist()
 
 
+@pytest.mark.parametrize(("factor", "count"), [(1.0, 25), (1.12, 28), (1.13, 29), (0.01, 1), (9.0, 40)])
+def test_so_many_experts_are_expected_of_a_token(factor: float, count: int) -> None:
+    logits = np.random.default_rng(3).normal(size=(1, 40)).astype(np.float32)
+    layers = (LayerShape(layer=0, experts=40, top_k=25),)
+    (found,) = MODULE.pattern(logits, layers, factor)  # 1.12 * 25 is a little above 28
+    assert found.tolist() == np.argsort(-logits[0])[:count].tolist()
+    marks = rivals.top(logits, layers, factor)
+    assert sorted(found.tolist()) == np.flatnonzero(marks[0]).tolist()
+
+
 def test_layers_of_one_size_are_told_apart() -> None:
     logits = np.random.default_rng(2).normal(size=(3, 21)).astype(np.float32)
     sizes, starts = (5, 5, 5, 6), (0, 5, 10, 15)
@@ -147,6 +158,34 @@ def test_the_number_of_slots_is_learned_from_the_first_that_must_leave() -> None
     run_step(cache, [(1, 2)], 1)
     assert made.full == 4
     assert sum(len(wish.experts) for wish in begin(made, [3, 7, 11])) <= 4
+
+
+def test_it_is_the_most_that_were_in_the_cache_at_once() -> None:
+    made = flow()
+    cache = ExpertCache(made, 4)
+    for expert in range(4):
+        run_step(cache, [(1, expert)], 1)
+    run_step(cache, [(3, 0)], 2)  # two have to leave for one that is twice as large
+    assert (len(cache.resident), made.full) == (3, 4)
+    run_step(cache, [(3, 1)], 2)
+    assert made.full == 4
+
+
+def test_places_without_an_expert_take_no_room() -> None:
+    made = flow(slots=3)
+    begin(made, [3, 7, 11])
+    (later,) = made.routed(1, ids(0, -1), None)
+    assert len(later.experts) == 2
+
+
+def test_a_sequence_that_ends_is_forgotten_by_the_predictor() -> None:
+    made, fresh = flow(), flow()
+    begin(made, [3, 7])
+    made.forget(0)
+    assert made.predictor.sequences == (1,)
+    later = [other.begin(np.array([9]), np.array([1]), np.array([0])) for other in (made, fresh)]
+    assert later[0] == later[1], "another sequence of this id, whose beginning came from shared pages"
+    MODULE.ExpertFlow(FLOW.configure({})).forget(0)  # nobody has taught it
 
 
 def test_a_predictor_of_another_model_is_refused() -> None:
@@ -196,6 +235,33 @@ def test_who_is_foreseen_goes_last_and_the_latest_layer_first() -> None:
     within = [(layer, expert) for layer in (3, 1) for expert in reversed(pattern[layer][: shares[layer]])]
     assert beyond
     assert gone[2:] == beyond + within
+
+
+def test_what_an_earlier_step_foresaw_protects_nobody() -> None:
+    made = flow(slots=14)
+    likeliest = {}
+    for token in range(12):
+        begin(made, [token])
+        likeliest[token] = made._pattern[1][0]
+    begin(made, [0, 1])
+    now = made._pattern[1]
+    token, gone = next((token, expert) for token, expert in likeliest.items() if expert not in now)
+    begin(made, [token])
+    begin(made, [0, 1])
+    for time, key in enumerate([(1, now[-1]), (1, gone)]):
+        made.on_access(key, time)
+        made.on_insert(key, time)
+    assert made.victim([(1, now[-1]), (1, gone)]) == (1, gone)
+
+
+def test_who_was_read_ahead_in_vain_is_as_old_as_its_reading() -> None:
+    made = flow(slots=6)
+    for time, key in enumerate([(1, 0), (1, 1), (1, 2)]):
+        if key != (1, 1):  # read ahead, and not needed
+            made.on_access(key, time)
+        made.on_insert(key, time)
+    left = [(1, 2), (1, 1), (1, 0)]
+    assert [left.pop(left.index(made.victim(left))) for _ in range(3)] == [(1, 0), (1, 1), (1, 2)]
 
 
 def test_a_layer_that_has_run_protects_nobody() -> None:

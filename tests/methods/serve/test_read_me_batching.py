@@ -32,6 +32,8 @@ def test_one_token_each_is_the_published_rule() -> None:
 def test_a_prompt_runs_as_far_as_the_chosen_experts_serve_it() -> None:
     assert by_expert(queues("0001", "11"), 3) == [3, 0]
     assert by_expert(queues("0001", "11"), 6) == [4, 2]
+    # Tokens are counted, not sequences.
+    assert by_expert(queues("111", "0", "0"), 2) == [2, 0, 0]
     # Expert 0 has four tokens, but three stand behind one of expert 1: two of expert 1 can run, one of expert 0.
     assert by_expert(queues("1000", "1", "0"), 2) == [1, 1, 0]
     # With 1 chosen, 0 serves the rest of the first and the third.
@@ -108,6 +110,8 @@ def test_whoever_waited_longest_goes_first() -> None:
     assert batcher.take(pending, 1) == [0, 1, 0, 0]
     assert batcher.take(pending, 2) == [0, 1, 1, 0]
     assert batcher.take(pending, 5) == [1, 2, 2, 0]
+    exactly = [Pending(1, False, wait, np.array([number], np.int32)) for number, wait in enumerate((0.9, 1.0))]
+    assert batcher.take(exactly, 1) == [0, 1]
 
 
 def test_negative_waits_are_refused() -> None:

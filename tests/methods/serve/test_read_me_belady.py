@@ -111,6 +111,9 @@ def test_wishes_are_what_the_next_layers_take() -> None:
     ids = np.array([[2], [3], [3], [-1]], np.int32)
     assert forecast.routed(1, ids, None) == [Wish(2, (3, 2), 1), Wish(4, (2,), 2)]
     assert forecast.routed(2, ids, None) == [Wish(4, (2,), 1)]
+    near = METHOD.module.forecast(METHOD.configure({}))
+    near.meet([0, 4, 4, 0, 3])
+    assert near.routed(1, ids, None) == [Wish(2, (3, 2), 1)]
     assert forecast.routed(4, ids, None) == []
     assert forecast.begin(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32)) == []
 

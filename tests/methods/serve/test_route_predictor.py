@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from moestro.core.errors import ConfigError, LoadError, SaveError, TraceError
 from moestro.core.forecast import Recorded
-from moestro.core.trace import trace
+from moestro.core.registry import method
+from moestro.core.trace import RoutingTrace, trace
+from moestro.core.trace_writer import TraceWriter
 from moestro.methods.serve._parts import route_paths
 from moestro.methods.serve._parts import route_rivals as rivals
 from moestro.methods.serve._parts import route_training as training
@@ -17,6 +21,7 @@ from moestro.methods.serve._parts.route_file import HEADER, WEIGHTS, LayerShape,
 from moestro.methods.serve._parts.route_predictor import load
 from moestro.models.load import load as load_model
 from moestro.testing.tiny import VOCAB, tiny_folder
+from tests.core.test_trace import context, hand_routings
 from tests.methods.serve.routes import LAYERS, header, planted, random_predictor
 
 
@@ -119,6 +124,71 @@ def test_it_learns_what_no_table_of_tokens_knows() -> None:
     np.testing.assert_allclose(embedding[12], embedding[:12].mean(0), rtol=1e-4, atol=1e-6)
 
 
+def fitted(lr: float, head_lr: float, steps: int = 2) -> dict[str, np.ndarray]:
+    return training.fit(header(), planted(1, sequences=8), steps=steps, batch=4, lr=lr, head_lr=head_lr, seed=0)
+
+
+def test_the_last_map_and_the_body_learn_at_rates_of_their_own() -> None:
+    start = fitted(0, 0)
+    for rates, learned in (((0, 1e-2), {"head", "bias"}), ((1e-2, 0), header().shapes().keys() - {"head", "bias"})):
+        found = fitted(*rates)
+        assert {name for name in found if not np.array_equal(found[name], start[name])} == learned
+
+
+def test_rates_are_warmed_up_and_let_down_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[tuple[float, float]]] = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *given: Any) -> Any:
+            seen.append([(group["lr"], group["weight_decay"]) for group in self.param_groups])
+            return super().step(*given)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    fitted(1e-3, 2e-3, steps=40)
+    share = [0.5, *(min(1, (40 - step) / 38) for step in range(1, 40))]  # a twentieth of the steps is warm-up
+    assert share[1:3] == [1, 1]
+    np.testing.assert_allclose([[rate for rate, _ in step] for step in seen], np.outer(share, [1e-3, 2e-3]))
+    assert {tuple(decay for _, decay in step) for step in seen} == {(1e-4, 0.01)}
+
+
+def test_every_token_is_learned_once_before_any_is_twice() -> None:
+    """Sequences longer than a row of 256 are cut; nothing of them is left out."""
+    lengths = [600, 256, 257, 3]
+    start = np.cumsum([0, *lengths])
+    tokens = np.arange(start[-1])
+    paths = route_paths.Paths(LAYERS, tokens, np.zeros((len(tokens), 14), dtype=bool), start, ("",) * 4)
+    rows = training._rows(paths, 7, 3)  # of 3 + 1 + 2 + 1 pieces
+    orders = []
+    for _ in range(2):
+        ids, _, valid = next(rows)
+        assert sorted(ids[valid].tolist()) == tokens.tolist()
+        for row, live in zip(ids, valid, strict=True):
+            piece = row[live]
+            assert (piece.diff() == 1).all(), "a piece is one stretch of a sequence"
+        orders.append(ids[:, 0].tolist())
+    assert orders[0] != orders[1]
+
+
+def test_what_is_held_back_teaches_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each sequence has tokens and experts of its own: whoever was not shown one names none of its experts."""
+    sequence = np.repeat(np.arange(4), 30)
+    used = np.zeros((120, 14), dtype=bool)
+    for expert in (2 * sequence, 2 * sequence + 1, 8 + sequence):
+        used[np.arange(120), expert] = True
+    paths = route_paths.Paths(LAYERS, sequence * 3 + np.arange(120) % 3, used, np.arange(5) * 30, ("",) * 4)
+    monkeypatch.setattr(training, "paths_of", lambda trace: paths)
+    monkeypatch.setattr(training, "trace_hash", lambda trace: "t")
+    told = SimpleNamespace(model="", model_hash=None, tokenizer_hash=None)
+    subject: Any = SimpleNamespace(trace=SimpleNamespace(header=told), seed=0)
+    config = method("serve.expertflow").configure({"dim": 16, "heads": 2, "inner": 16, "epochs": 60, "held": 0.25})
+    scores = training.learned(subject, config, tmp_path / "out")
+    for name in ("predictor", "token_table", "frequency"):
+        assert scores[f"{name}_recall"] == scores[f"{name}_precision"] == 0, name
+    assert scores["previous_token_recall"] > 0.9  # it may look at what was held back
+    shown = rivals.by_predictor(load(tmp_path / "out"), paths)
+    assert rivals.recall(rivals.top(shown, LAYERS), used) > 0.7, "three of four sequences were learned"
+
+
 def test_the_loss_is_cross_entropy_over_experts_of_rows_that_have_one() -> None:
     predictor, paths = random_predictor(), planted(3, sequences=2, length=5)
     paths.used[3, :8] = False  # nobody took this token in layer 1
@@ -200,6 +270,18 @@ def test_paths_of_a_trace_are_what_was_routed(tmp_path: Path) -> None:
         model(inputs_embeds=model.get_input_embeddings()(ids))
     with pytest.raises(TraceError, match="token ids"):
         route_paths.paths_of(blind)
+
+
+def test_what_capacity_dropped_and_null_experts_use_nothing(tmp_path: Path) -> None:
+    with TraceWriter(tmp_path / "t.trace") as writer:
+        where = context([[7, 8, 9, 0]], [[1, 1, 1, 0]])
+        for site, routing in zip(("layers.1", "layers.4"), hand_routings(), strict=True):
+            writer.record(site, routing, where)
+    paths = route_paths.paths_of(RoutingTrace.open(tmp_path / "t.trace"))
+    assert paths.tokens.tolist() == [7, 8, 9]
+    first, second = (paths.used[:, part] for _, part in rivals.columns(paths.layers))
+    assert [np.flatnonzero(row).tolist() for row in first] == [[0, 1], [1, 2], [0]]  # the third took a null
+    assert [np.flatnonzero(row).tolist() for row in second] == [[2], [], [2]]  # the first's other was dropped
 
 
 def test_a_recorded_past_gives_the_same_paths() -> None:

@@ -145,6 +145,41 @@ def test_closed_tokens_and_counts() -> None:
     assert decoder.kl > 0
 
 
+def test_divergence_by_hand() -> None:
+    strong, weak = np.log([[0.7, 0.2, 0.1]]).astype(np.float32), np.log([[0.1, 0.6, 0.3]]).astype(np.float32)
+    there = 0.7 * np.log(7) + 0.2 * np.log(1 / 3) + 0.1 * np.log(1 / 3)
+    assert divergence(strong + 3, weak - 5) == pytest.approx([there], abs=1e-6)
+    back = 0.1 * np.log(1 / 7) + 0.6 * np.log(3) + 0.3 * np.log(3)
+    assert divergence(weak, strong) == pytest.approx([back], abs=1e-6)
+    assert abs(there - back) > 0.05
+    closed = np.array([0, -np.inf, 0], dtype=np.float32)
+    assert divergence(closed, closed) == 0
+    assert divergence(closed, np.zeros(3, np.float32)) == pytest.approx(np.log(1.5))
+    assert divergence(np.zeros(3, np.float32), closed) == np.inf  # the weak pass excludes what the strong one may say
+
+
+def test_temperatures_divide_each_pass_first() -> None:
+    given = np.array([[2.0, 1.0, -8.0], [3.0, 0.6, 0.0]], dtype=np.float32)
+    found = SelfContrast(Config(beta=0.5, strong_temperature=2.0, weak_temperature=3.0)).combine(given)
+    assert found.tolist() == pytest.approx([1.5 * 1.0 - 0.5 * 1.0, 1.5 * 0.5 - 0.5 * 0.2, -np.inf])
+
+
+def test_passes_follow_the_routes_that_are_asked_for(mixtral: ReferenceForward) -> None:
+    config = Config(strong="topk:3", weak="threshold:0.4", weak_weight="one", beta=0.0)
+    strong = Route(kind="topk", k=3)
+    assert policy(config).routes == (strong, Route(kind="threshold", threshold=0.4, weight="one"))
+    assert policy(Config()).routes == (None, Route(kind="rank", k=2))
+    wanted = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        with torch.inference_mode(), session(edits=[mixtral.override(strong)]):
+            for _ in range(10):
+                ids.append(int(mixtral.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        wanted.append(ids[len(prompt) :])
+    assert texts(mixtral, config) == wanted
+    assert wanted != texts(mixtral, None)
+
+
 def test_draws_follow_the_contrasted_distribution(mixtral: ReferenceForward) -> None:
     config = Config(beta=1.0)
     drawn = texts(mixtral, config, temperature=1.0, seed=4)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moestro.core.errors import ConfigError
+from moestro.methods.serve._parts import token_split
 from moestro.methods.serve._parts.token_split import split, touched
 
 
@@ -77,6 +78,40 @@ def test_many_are_split_nearly_as_well_as_few_exactly() -> None:
     loop = sum(touched(paths, split(paths, exact=0)) for paths in cases)
     assert exact < loop < plain
     assert plain - loop > 0.4 * (plain - exact)
+
+
+def slow_loop(paths: np.ndarray, centres: tuple[int, int], iterations: int) -> list[int]:
+    """The K-medoid loop with capacities, one sequence after another; the best split it comes by."""
+    count, half = len(paths), len(paths) // 2
+
+    def alike(a: int, b: int) -> float:
+        return 1 - float((paths[a] != paths[b]).mean())
+
+    met = []
+    for _ in range(iterations):
+        favour = [alike(one, centres[0]) - alike(one, centres[1]) for one in range(count)]
+        ranked = sorted(range(count), key=lambda one: -favour[one])
+        groups = sorted(ranked[:half]), sorted(ranked[half:])
+        met.append([*groups[0], *groups[1]] if 0 in groups[0] else [*groups[1], *groups[0]])
+        first, second = (
+            max(group, key=lambda one, group=group: np.mean([alike(one, other) for other in group]))
+            for group in (ranked[:half], ranked[half:])
+        )
+        centres = (first, second)
+    return min(met, key=lambda order: touched(paths, np.array(order)))
+
+
+@pytest.mark.parametrize("count", [8, 16])
+def test_the_loop_moves_centres_to_the_most_similar_member(count: int) -> None:
+    """Pairs and members are powers of two, so that all means are exact and ties are ties."""
+    results = []
+    for seed in range(12):
+        paths = random_paths(seed, count, pairs=32, rate=0.3)
+        for iterations in (1, 3, 10):
+            found = token_split._settled(paths, (1, 2), iterations)
+            assert found.tolist() == slow_loop(paths, (1, 2), iterations)
+            results.append(touched(paths, found))
+    assert sum(results[1::3]) < sum(results[0::3]), "moving the centres changed nothing"
 
 
 def test_as_it_was_where_nothing_is_better() -> None:
