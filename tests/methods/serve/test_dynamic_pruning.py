@@ -12,7 +12,7 @@ from moestro.core.layer import mixture_layers
 from moestro.core.plan import ServingPlan
 from moestro.core.registry import method
 from moestro.core.session import session
-from moestro.engine.decoding import override_of, thinned
+from moestro.engine.decoding import Follow, thinned
 from moestro.engine.kernels.interface import Matrix, Router
 from moestro.engine.reference import ReferenceForward
 from moestro.engine.scheduler import Scheduler
@@ -177,7 +177,7 @@ def test_served_natively_it_equals_the_reference_rule_and_zero_is_the_model() ->
     one.on_route = lambda layer, ids, weights: seen.append(ids)
     for threshold, first in ((0.0, 0), (0.7, 0), (2.0, 0), (2.0, 6)):
         route = Route(kind="ratio", threshold=threshold, first=first)
-        override = override_of(route, routers, lambda: one.asked)
+        override = Follow(route, routers, lambda: one.asked)
         one.overrides = [None, lambda *given, how=override: how(*given)]  # by Python, and by the kernels themselves
         slow = one.step(rows(tokens, routes=np.ones(20, np.int32)))
         one.overrides = [None, override]
@@ -277,3 +277,15 @@ def test_layers_are_chosen_by_the_importance_that_was_asked_for(mixtral: Any) ->
             with parts_pruning(mixtral, only, protect=0.3, importance=kind), torch.no_grad():
                 assert float(mixtral(input_ids=IDS, labels=IDS).loss) == pytest.approx(told, rel=1e-6)
     assert losses["attention"] != losses["l1_recency"]
+
+
+def test_kernels_drop_in_the_layers_of_the_route_alone() -> None:
+    one, tokens = forward(build(layout="q8", layers=3, experts=8)), prompt(8)
+    routers = [layer.router for layer in one.description.layers]
+    seen: list[np.ndarray] = []
+    one.on_route = lambda layer, ids, weights: seen.append(ids)
+    one.overrides = [None, Follow(Route(kind="ratio", threshold=2.0, layers=(0, 2)), routers)]
+    one.step(rows(tokens, routes=np.ones(8, np.int32)))
+    assert [int((ids < 0).sum()) for ids in seen] == [16, 0, 16]
+    with pytest.raises(ConfigError, match="spares the first 4 positions, but rows come without theirs"):
+        Follow(Route(kind="ratio", first=4), routers)
