@@ -230,26 +230,49 @@ def test_a_forward_and_a_trace_tell_of_the_same_tokens(recorded: Path) -> None:
         assert np.array_equal(written["peek.0.1"][back], rows.peeks[0, 1])
 
 
+def changed(recorded: Path, folder: Path, **arrays: Any) -> Path:
+    """The file of peeks with other arrays, or without those that are None."""
+    with np.load(recorded / "peeks.npz") as file:
+        found = {**{name: file[name] for name in file.files}, **arrays}
+    with (folder / "changed.npz").open("wb") as written:
+        np.savez(written, **{name: values for name, values in found.items() if values is not None})
+    return folder / "changed.npz"
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({}, "arrays sequence and position are missing"),
-        ({"sequence": np.zeros(3), "position": np.zeros(2)}, "not two lists of one length"),
-        ({"sequence": np.zeros(3), "position": np.arange(3)}, "nothing of sequence 0 position 3"),
-        ({"sequence": np.repeat(range(3), 16), "position": np.tile(range(16), 3), "peek.0.1": np.zeros((4, 8))},
-         "peek.0.1 of shape"),
-        ({"sequence": np.repeat(range(3), 16), "position": np.tile(range(16), 3), "peek.0": np.zeros((48, 8))},
-         "peek.0 of shape"),
+        ({"token": None}, "arrays sequence, position, token are missing"),
+        ({"sequence": np.zeros(3)}, "not three lists of one length"),
+        ({"token": np.zeros(48)}, "nothing of sequence 0 position 0 token [0-9]+; it belongs to another trace"),
+        ({"routes.1": None}, "routes.1 is missing"),
+        ({"routes.1": np.zeros((48, 2, 1), int)}, r"routes.1 of shape \(48, 2, 1\) is no routes.L"),
+        ({"routes.0": np.full((48, 2), 8)}, "routes.0 holds expert 8, but the layer has 8"),
+        ({"peek.0.1": np.zeros((4, 8))}, r"peek.0.1 of shape \(4, 8\) is no peek.L.M"),
+        ({"peek.0.1": np.zeros((48, 6))}, r"peek.0.1 of shape \(48, 6\).*layers 0 and 1 have 8 and 8 experts"),
+        ({"peek.0.3": np.zeros((48, 8))}, "layers 0 and 3 have 8 and 0 experts"),
+        ({"peek.0": np.zeros((48, 8))}, "peek.0 of shape"),
     ],
-)  # fmt: skip
+)
 def test_files_that_hold_no_peeks(arrays: dict[str, Any], words: str, recorded: Path, tmp_path: Path) -> None:
-    with (tmp_path / "bad.npz").open("wb") as file:
-        np.savez(file, **arrays)
     with pytest.raises(ConfigError, match=words):
-        rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=tmp_path / "bad.npz")
+        rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=changed(recorded, tmp_path, **arrays))
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match="no file of recorded peeks"):
         rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=tmp_path / "bad.npz")
+
+
+def test_peeks_of_another_model_with_the_same_tokens_are_refused(recorded: Path, tmp_path: Path) -> None:
+    """Routes of a model of the same shape agree by chance; those of a coarser copy of the model mostly do."""
+    trace = RoutingTrace.open(recorded / "run.trace")
+    draw = np.random.Generator(np.random.PCG64(4))
+    with np.load(recorded / "peeks.npz") as file:
+        routes = file["routes.0"]
+    coarse = np.where(draw.random((48, 1)) < 0.2, draw.integers(0, 8, (48, 2)), routes)
+    assert rows_of(trace, peeks=changed(recorded, tmp_path, **{"routes.0": coarse})).recorded.peeks
+    other = np.stack([draw.permutation(8)[:2] for _ in range(48)])
+    with pytest.raises(ConfigError, match=r"routes.0: [0-9]+% of the trace's experts.*recorded with another model"):
+        rows_of(trace, peeks=changed(recorded, tmp_path, **{"routes.0": other}))
 
 
 @pytest.mark.parametrize(
