@@ -15,6 +15,7 @@ from moestro.core.session import session
 from moestro.methods.convert.pre_gated import gain, stack_of
 from moestro.methods.planning import make_plan
 from moestro.models.load import load
+from moestro.surgery.opened import OpenModel
 from moestro.testing.tiny import tiny_folder, tiny_model
 from tests.surgery.helpers import ids, keep, layers_of, logits, mixture
 
@@ -246,3 +247,32 @@ def test_stacks_by_path() -> None:
     assert stack_of("model.layers.3.mlp") == "model.layers"
     assert stack_of("decoder.block.0.layer.2.mlp") == "decoder.block"
     assert stack_of("mlp") == "mlp"
+
+
+def test_planners_see_the_gate_inside(parent: Any, tmp_path: Path) -> None:
+    """How many a token chooses and among which groups stands in the gate; what changes it changes it there."""
+    converted(parent)
+    shape = OpenModel(parent).shape
+    assert {there.top_k for there in shape.layers.values() if there.num_experts} == {2}
+    with pytest.raises(PlanError, match="keep at least 2"):
+        make_plan("compress.prune_experts", parent, {"keep": 1}, batches=[ids()])
+    before = logits(parent)
+    surgery.apply(parent, make_plan("convert.segment", parent, {"segments": 2}))
+    assert {layer.router.gate.top_k for layer in layers_of(parent)} == {4}
+    torch.testing.assert_close(logits(parent), before, atol=1e-5, rtol=0)
+    surgery.apply(parent, make_plan("compress.compressed_experts", parent, {"n_main": 2}))
+    assert {type(layer.router).__name__ for layer in layers_of(parent)} == {"RankedPreGated"}
+    assert float((logits(parent) - before).abs().max()) > 1e-3
+    moestro.save(parent, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out", dtype="float32")), logits(parent))
+
+
+def test_groups_of_the_gate_are_counted_when_models_are_joined(tmp_path: Path) -> None:
+    models = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        models.append(converted(opened(tmp_path / name, "deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2)))
+    plan = make_plan("convert.aggregate_experts", models[0], donors={"b": models[1]})
+    surgery.apply(models[0], plan, donors={"b": models[1]})
+    gates = [layer.router.gate for layer in layers_of(models[0])]
+    assert {(gate.num_experts, gate.config.num_groups) for gate in gates} == {(16, 8)}
