@@ -6,7 +6,7 @@ and methods that forecast are written against it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,14 @@ class Forecast(Protocol):
         """The model that it forecasts for, before anything else: experts of each layer, 0 where there are none."""
         return
 
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """Whether it could serve a model, as it is now: experts of each layer, and how many of them a token chooses.
+
+        Raises:
+            ConfigError: nobody has taught it, or on another model.
+        """
+        return
+
     def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
         """A step starts: token id, position and id of the sequence of each row, int32 [R]."""
         return []
@@ -69,6 +77,20 @@ class Forecast(Protocol):
     def forget(self, sequence: int) -> None:
         """A sequence is over; its id may come again for another."""
         return
+
+
+@runtime_checkable
+class Orders(Protocol):
+    """A forecast that also says which sequences are written first, where they are not all written in one step.
+
+    Attributes:
+        width: sequences written in one step; None: as the scheduler has it.
+    """
+
+    width: int | None
+
+    def order(self, requests: list[Any]) -> list[Any]:
+        """Requests that wait for their next token, in order of waiting -> the same, those to be written first."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def gate_of(router: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The router {method, config} that ranks: itself, or the one that it names as its ``gate``, as pre-gated ones do."""
+    """The router {method, config} that ranks: itself, or the one it names as its ``gate``, as pre-gated ones do."""
     inner = router.get("config", {}).get("gate")
     return gate_of(inner) if isinstance(inner, Mapping) else router
 

@@ -30,6 +30,11 @@ class Recorder(Forecast):
         if self.other is not None:
             self.other.meet(experts)
 
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """See Forecast."""
+        if self.other is not None:
+            self.other.ready(experts, choices)
+
     def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
         """See Forecast."""
         self._rows.append(np.stack([tokens, positions, sequences]))
@@ -65,8 +70,8 @@ class Recorder(Forecast):
         )
 
     def save_peeks(self, path: Path) -> None:
-        """An ``.npz`` as ``simulate.prefetch`` reads it: ``sequence``, ``position``, ``token`` [T], ``routes.L`` [T, k],
-        ``peek.L.M`` [T, E].
+        """An ``.npz`` as ``simulate.prefetch`` reads it: ``sequence``, ``position``, ``token`` [T], ``routes.L``
+        [T, k], ``peek.L.M`` [T, E].
         """
         told = self.recorded()
         arrays: dict[str, Any] = {"sequence": told.sequences, "position": told.positions, "token": told.tokens}

@@ -53,7 +53,7 @@ class Config(BaseConfig):
     Attributes:
         predictor: folder that `moestro learn` wrote. factor: experts expected of a token, as a multiple of k.
         slots: experts that the cache holds; None: as many as were in it when one had to leave.
-        width: T, sequences that run together, for the order.
+        width: T, sequences written in one step, for the order; None: as the scheduler has it, half of those that wait.
         dim, heads, inner, depth, window: of a predictor that is learned. epochs: passes over the tokens; steps: updates
             at most. batch: rows of 256 tokens an update. lr, head_lr: peaks. held: share of sequences to measure on.
     """
@@ -61,7 +61,7 @@ class Config(BaseConfig):
     predictor: str | None = None
     factor: float = Field(default=1.0, gt=0, le=64)
     slots: int | None = Field(default=None, ge=1)
-    width: int = Field(default=8, ge=1)
+    width: int | None = Field(default=None, ge=1)
     dim: int = Field(default=64, ge=2)
     heads: int = Field(default=4, ge=1)
     inner: int = Field(default=256, ge=1)
@@ -108,7 +108,7 @@ def pattern(logits: Floats, layers: Sequence[LayerShape], factor: float) -> list
 
 
 class ExpertFlow(CachePolicy, Forecast):
-    """See CachePolicy, Forecast and Student. One object does both; ``order`` is for the scheduler."""
+    """See CachePolicy, Forecast, Student and Orders; one object is all of them."""
 
     name = "serve.expertflow"
 
@@ -122,6 +122,11 @@ class ExpertFlow(CachePolicy, Forecast):
         self._pattern: dict[int, list[int]] = {}  # of the layers to come
         self._rank: dict[Key, int] = {}
         self._shares: dict[int, tuple[int, int]] = {}  # layer to come -> (its place, its slots)
+
+    @property
+    def width(self) -> int | None:
+        """See Orders."""
+        return self.config.width
 
     @property
     def policy(self) -> CachePolicy:
@@ -139,6 +144,12 @@ class ExpertFlow(CachePolicy, Forecast):
         self._experts = tuple(experts)
         if self.predictor is not None:
             check_model(self.predictor.header, experts)
+
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """See Forecast."""
+        if self.predictor is None:
+            raise ConfigError(NOT_TAUGHT)
+        check_model(self.predictor.header, experts, choices)
 
     def study(self, past: Recorded) -> None:
         """See Student; what was learned before stays."""
@@ -218,7 +229,8 @@ class ExpertFlow(CachePolicy, Forecast):
 
     def order(self, requests: list[Any]) -> list[Any]:
         """Requests that wait for a token, oldest first -> the same, so that the first T touch few experts."""
-        together = 2 * min(self.config.width, len(requests) // 2)
+        half = len(requests) // 2
+        together = 2 * (half if self.width is None else min(self.width, half))
         if self.predictor is None or together < 2:
             return requests
         head = requests[:together]
