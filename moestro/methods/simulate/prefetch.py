@@ -11,7 +11,8 @@ may hide much and still be slower: compare the milliseconds of a token.
 
 Three arms need no method: ``none`` reads on demand, ``repeat`` wishes for what the sequences' previous tokens chose in
 the next mixture, ``perfect`` for what the next mixture will need. Forecasts that peek at later gates find what these
-said in the file ``peeks``, which `moestro.engine.recorder` writes.
+said in the file ``peeks``, which `moestro.engine.recorder` writes. In a trace of a pre-gated model of distance d, which
+does not say so itself, ``decided=d`` tells forecasts with every mixture what is decided for the d-th behind it.
 
 Source: the metrics catalogue of 2412.14219 (movement: wasted bytes, exposed wait, overlap); 2308.12066 for the time of
 a layer with one reader; the arm ``repeat`` after the locality found in 2312.17238.
@@ -46,7 +47,7 @@ class Config(BaseConfig):
 
     Attributes:
         forecasts: methods of the stage serve with an entry ``forecast``. policies: who leaves the cache.
-        peeks: file with what later gates said, for forecasts that ask.
+        peeks: file with what later gates said, for forecasts that ask. decided: distance of a pre-gated model, else 0.
         budgets: shares of all experts' bytes, or bytes above 1. order: decode (token by token) or recorded (forwards as
         they were). batch: sequences side by side in decode.
         learn: share of the steps that policies and forecasts may learn from; the rest is measured.
@@ -57,6 +58,7 @@ class Config(BaseConfig):
     forecasts: tuple[MethodUse, ...] = ()
     policies: tuple[MethodUse, ...] = (MethodUse(method="serve.lru"),)
     peeks: str | None = None
+    decided: int = Field(default=0, ge=0)
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     order: Literal["decode", "recorded"] = "decode"
     batch: int = Field(default=1, ge=1)
@@ -137,9 +139,13 @@ def play(forecast: Forecast, policy: Any, rows: Rows, budget: int, config: Confi
         running = sequences
         machine.begin()
         machine.ahead(forecast.begin(told.tokens[part], told.positions[part], told.sequences[part]))
-        for layer in rows.layers:
+        for place, layer in enumerate(rows.layers):
             machine.compute(config.layer_s)
-            wishes = forecast.routed(layer, told.routes[layer][part], peeking(rows, part, layer))
+            wishes: list[Wish] = []
+            if config.decided and place + config.decided < len(rows.layers):
+                later = rows.layers[place + config.decided]
+                wishes += forecast.settled(later, told.routes[later][part])
+            wishes += forecast.routed(layer, told.routes[layer][part], peeking(rows, part, layer))
             machine.layer(layer, rows.experts(part, layer), wishes)
     return machine.finish()
 
@@ -248,12 +254,14 @@ def measure(subject: MeterInputs, config: Config) -> Report:
     """Play the trace.
 
     Raises:
-        ConfigError: a budget below one expert, a trace too short to measure anything behind what is learned, peeks that
-            were not recorded.
+        ConfigError: a budget below one expert, a trace too short to measure anything behind what is learned, or to
+            decide anything ahead in, peeks that were not recorded.
     """
     past, rows = rows_of(subject.trace, config.order, config.batch, config.peeks).split(config.learn)
     if not len(rows.recorded.tokens):
         raise ConfigError(f"learn={config.learn} leaves none of {len(past.starts) - 1} steps to measure; record more")
+    if config.decided >= max(len(rows.layers), 1):
+        raise ConfigError(f"decided={config.decided} in a trace of {len(rows.layers)} mixtures decides none ahead")
     arms = {name: MethodUse(method=name) for name in BUILT_IN} | {label(use): use for use in config.forecasts}
     table, numbers = [], {}
     for budget in sorted({budget_bytes(budget, rows, config) for budget in config.budgets}):

@@ -11,7 +11,7 @@ import torch
 
 from moestro.cli import main
 from moestro.core.errors import ConfigError
-from moestro.core.forecast import Wish
+from moestro.core.forecast import Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
@@ -275,6 +275,37 @@ def test_peeks_of_another_model_with_the_same_tokens_are_refused(recorded: Path,
         rows_of(trace, peeks=changed(recorded, tmp_path, **{"routes.0": other}))
 
 
+def never_twice(layers: int, tokens: int) -> Rows:
+    """One sequence of which every token takes an expert of its own in every layer."""
+    column = np.arange(tokens, dtype=np.int32)
+    told = Recorded(column, column, np.zeros_like(column), dict.fromkeys(range(layers), column[:, None]),
+                    (tokens,) * layers)  # fmt: skip
+    return Rows(told, np.arange(tokens + 1))
+
+
+def played(rows: Rows, name: str, slots: int, config: Any) -> Any:
+    module, lru = METER.module, MethodUse(method="serve.lru")
+    return module.play(*module.acting(name, MethodUse(method=name), lru, rows, rows), rows, slots, config)
+
+
+@pytest.mark.parametrize("read_s", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("distance", [0, 1, 2])
+def test_what_a_pre_gated_model_has_decided_hides_what_the_formulas_say(distance: int, read_s: float) -> None:
+    """t_n = 0.7 and t_e = 0.3 a block of five, room for the blocks that are known; the first ones wait."""
+    rows = never_twice(5, 6)
+    settings = {"decided": distance, "expert_bytes": 1, "disk_bytes_per_s": 1 / read_s, "disk_latency_s": 0}
+    config = METER.configure({**settings, "layer_s": 0.7, "expert_s": 0.3})
+    found = played(rows, "serve.pre_gated", distance + 1, config)
+    assert (found.wasted, found.bytes) == (0, 30)
+    assert found.foreseeable == found.foreseen == found.wished == (6 * (5 - distance) if distance else 0)
+    on_demand, one_ahead = 5 * read_s, read_s + 4 * max(0.0, read_s - 1.0)
+    if distance < 2:
+        assert found.wait / 6 == pytest.approx(one_ahead if distance else on_demand)
+    else:  # the second block waits too, behind what is read for the third
+        assert one_ahead <= found.wait / 6 < on_demand
+    assert distance != 1 or found == played(rows, "perfect", 2, config)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -283,6 +314,7 @@ def test_peeks_of_another_model_with_the_same_tokens_are_refused(recorded: Path,
         ({"policies": [{"method": "serve.next_gate"}]}, "serve.next_gate is no serving policy"),
         ({"forecasts": [{"method": "serve.next_gate"}]}, "record peeks and name their file with --peeks"),
         ({"learn": 0.999}, "leaves none of 48 steps"),
+        ({"decided": 2}, "decided=2 in a trace of 2 mixtures decides none ahead"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], words: str, recorded: Path) -> None:
