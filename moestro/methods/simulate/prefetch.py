@@ -18,7 +18,7 @@ Source: the metrics catalogue of 2412.14219 (movement: wasted bytes, exposed wai
 a layer with one reader; the arm ``repeat`` after the locality found in 2312.17238.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -28,11 +28,12 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import Learner, Oracle
-from moestro.core.forecast import Floats, Forecast, Ints, Peek, Student, Wish
+from moestro.core.forecast import Floats, Forecast, Student, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
 from moestro.core.report import Report, Table
+from moestro.methods.simulate._parts.arms import Nothing, Perfect, Repeat
 from moestro.methods.simulate._parts.machine import Counts, Machine
 from moestro.methods.simulate._parts.rows import Rows, rows_of
 
@@ -68,62 +69,6 @@ class Config(BaseConfig):
     disk_latency_s: float = Field(default=1e-4, ge=0)
     expert_s: float = Field(default=1e-4, ge=0)
     layer_s: float = Field(default=3e-4, ge=0)
-
-
-class Nothing(Forecast):
-    """Wishes for nothing."""
-
-    name = "none"
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        return []
-
-
-class Repeat(Forecast):
-    """Wishes for what the rows' sequences chose in the next mixture at their previous token."""
-
-    name = "repeat"
-
-    def meet(self, experts: Sequence[int]) -> None:
-        """See Forecast."""
-        self.mixtures = [layer for layer, count in enumerate(experts) if count]
-        self.last: dict[tuple[int, int], list[int]] = {}
-
-    def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
-        """See Forecast."""
-        self.rows = sequences.tolist()
-        return self._wish(self.mixtures[0])
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        later = next((other for other in self.mixtures if other > layer), None)
-        wishes = [] if later is None else self._wish(later)
-        for sequence, chosen in zip(self.rows, ids.tolist(), strict=True):
-            self.last[sequence, layer] = [expert for expert in chosen if expert >= 0]
-        return wishes
-
-    def _wish(self, layer: int) -> list[Wish]:
-        experts = dict.fromkeys(e for sequence in self.rows for e in self.last.get((sequence, layer), ()))
-        return [Wish(layer, tuple(experts))] if experts else []
-
-
-class Perfect(Nothing):
-    """Wishes for what the next mixture will need; it has seen the routes."""
-
-    name = "perfect"
-
-    def __init__(self, rows: Rows) -> None:
-        self.needs = iter(rows.needs())
-        self.first = next(self.needs)
-        self.layers = rows.layers
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        needed = next(self.needs, [])
-        if layer == self.layers[-1] or not needed:
-            return []
-        return [Wish(needed[0][0], tuple(expert for _, expert in needed))]
 
 
 def play(forecast: Forecast, policy: Any, rows: Rows, budget: int, config: Config) -> Counts:

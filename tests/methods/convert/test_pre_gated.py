@@ -10,7 +10,9 @@ from torch import Tensor
 import moestro
 from moestro import surgery
 from moestro.core.errors import MoestroError, PlanError
+from moestro.core.inputs import PlanInputs
 from moestro.core.plan import ExpertPlan, LayerExperts
+from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.methods.convert.pre_gated import gain, stack_of
 from moestro.methods.planning import make_plan
@@ -20,6 +22,7 @@ from moestro.testing.tiny import tiny_folder, tiny_model
 from tests.surgery.helpers import ids, keep, layers_of, logits, mixture
 
 
+METHOD = method("convert.pre_gated")
 LAYERS = 4
 
 
@@ -233,6 +236,25 @@ def test_models_that_cannot_be_converted_are_refused(tmp_path: Path, parent: Any
     converted(parent)
     with pytest.raises(PlanError, match="layer 1 is pre-gated already"):
         make_plan("convert.pre_gated", parent)
+
+
+def test_merged_choices_and_gains_that_nobody_can_see_are_refused(parent: Any) -> None:
+    shape = OpenModel(parent)
+    with pytest.raises(PlanError, match="needs the open model; use fold=False"):
+        METHOD.plan(PlanInputs(subject=shape), METHOD.configure({}))
+    METHOD.plan(PlanInputs(subject=shape), METHOD.configure({"fold": False}))
+    surgery.apply(parent, make_plan("compress.merge_experts", parent, {"keep": 2, "router": "remap"}, batches=[ids()]))
+    with pytest.raises(PlanError, match="layer 1 renames its choices; convert before experts are merged"):
+        make_plan("convert.pre_gated", parent)
+
+
+def test_a_gain_keeps_its_sign(parent: Any) -> None:
+    with torch.no_grad():
+        norm = parent.model.layers[1].post_attention_layernorm
+        norm.weight.copy_(torch.linspace(-1.5, 2, 32))
+    found = gain(norm, 32)
+    torch.testing.assert_close(found / found[-1], norm.weight.double() / norm.weight[-1].double(), atol=1e-4, rtol=1e-4)
+    assert 0 < int((found < 0).sum()) < 32
 
 
 def test_factors_are_checked_before_anything_changes(parent: Any) -> None:

@@ -23,6 +23,7 @@ from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
 from moestro.engine.recorder import Recorder
 from moestro.engine.store import ExpertStore
+from moestro.methods.simulate._parts.arms import Nothing, Repeat
 from moestro.methods.simulate._parts.machine import Machine
 from moestro.methods.simulate._parts.rows import Rows, rows_of
 from moestro.methods.simulate._parts.steps import steps_of
@@ -352,3 +353,54 @@ def test_what_is_needed_now_is_not_evicted_for_a_wish() -> None:
     one.layer(0, [0, 1, 2], [Wish(1, (4, 5))])
     found = one.finish()
     assert (found.hits, found.misses, found.bytes) == (3, 3, 3)
+
+
+def made_up(**columns: list[int]) -> Any:
+    """A trace of two layers with four experts, by its columns."""
+    count = len(columns["expert"])
+    given = {name: np.array(columns.get(name, [0] * count)) for name in
+             ("sequence", "position", "token_id", "layer", "rank", "expert", "kept", "forward")}  # fmt: skip
+    layers = [SimpleNamespace(layer=layer, num_experts=4, num_null=0, top_k=None) for layer in range(2)]
+    return SimpleNamespace(header=SimpleNamespace(layers=layers), scan=lambda names: [given])
+
+
+def test_sequences_begin_together_wherever_they_stand_and_dropped_assignments_are_left_out() -> None:
+    """Two texts, the second seen from position 7 on; one assignment was dropped, one went to a null expert."""
+    trace = made_up(
+        sequence=[0, 0, 0, 1, 1], position=[0, 0, 1, 7, 8], token_id=[5, 5, 6, 7, 8], layer=[0, 1, 0, 0, 0],
+        expert=[1, 2, 3, 0, 4], kept=[1, 1, 0, 1, 1],
+    )  # fmt: skip
+    rows = rows_of(trace, "decode", 2)
+    assert rows.recorded.positions.tolist() == [0, 7, 1, 8]
+    assert rows.starts.tolist() == [0, 2, 4]
+    assert rows.needs() == [[(0, 0), (0, 1)], [(1, 2)], [], []]
+
+
+def test_all_experts_are_the_budget_of_one_and_bytes_begin_above() -> None:
+    rows, config = never_twice(2, 3), METER.configure({"expert_bytes": 10})
+    found = [METER.module.budget_bytes(budget, rows, config) for budget in (0.5, 1.0, 10.0, 25.0)]
+    assert found == [30, 60, 10, 25]
+
+
+def test_what_sequences_chose_last_is_repeated_for_each_and_forgotten_with_them() -> None:
+    repeat = Repeat()
+    repeat.meet((0, 4, 4))
+
+    def step(sequences: list[int], *layers: list[list[int]]) -> list[list[Wish]]:
+        row = np.array(sequences, np.int32)
+        told = [repeat.begin(row, row, row)]
+        return told + [repeat.routed(layer, np.array(ids, np.int32), None) for layer, ids in enumerate(layers, 1)]
+
+    assert step([0, 1], [[3, 1], [1, -1]], [[0, 2], [2, 3]]) == [[], [], []]
+    again = step([1, 0], [[2, 0], [2, 0]], [[1, 0], [1, 0]])
+    assert again == [[Wish(1, (1, 3))], [Wish(2, (2, 3, 0))], []]
+    repeat.forget(0)
+    assert step([0, 2], [[0, 1], [0, 1]]) == [[], []]
+
+
+def test_forecasts_hear_of_the_ends_of_sequences() -> None:
+    rows = rows_of(made_up(sequence=[0, 1, 1, 2], position=[0, 0, 1, 0], expert=[0, 1, 2, 3], kept=[1] * 4))
+    nothing, gone = Nothing(), []
+    nothing.forget = lambda sequence: gone.append(sequence)
+    METER.module.play(nothing, policy("lru"), rows, 4, METER.configure({"expert_bytes": 1}))
+    assert gone == [0, 1]
