@@ -7,7 +7,7 @@ from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.plan import MethodUse
-from moestro.engine.acting import POLICY
+from moestro.engine.acting import POLICY, as_use
 from moestro.engine.sequences import Forward
 from moestro.engine.vocabulary import Vocabulary, open_vocabulary
 
@@ -50,10 +50,16 @@ def open_forward(
             have; None: any.
 
     Raises:
-        LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice.
+        LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice, or a forecast for
+            a model that is not packed.
     """
     if (Path(path).expanduser() / "pack.json").is_file():
         return _native(Path(path).expanduser(), memory, context, policy, forecast, model_hash)
+    if forecast is not None:
+        raise ConfigError(
+            f"{path} is no packed model, and forecast {as_use(forecast).method} reads experts of those only; "
+            "`moestro pack` makes one"
+        )
     return _reference(path, memory, context)
 
 

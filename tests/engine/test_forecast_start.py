@@ -100,6 +100,14 @@ def test_a_forecast_that_nobody_taught_ends_the_command(
         Recorder(other=method(FLOW).entry("forecast")(method(FLOW).configure({}))).ready((0, 5), (0, 2))
 
 
+def test_a_forecast_for_a_model_that_is_not_packed_is_refused(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(packed.parent / "model")
+    assert main(["serve", model, "--memory", "1GiB", "--forecast", "serve.next_gate"]) == 2
+    told = capsys.readouterr().err
+    assert "is no packed model, and forecast serve.next_gate reads experts of those only" in told
+    assert len(told.strip().splitlines()) == 1
+
+
 class Told(Forecast):
     """Says the last of those that wait is the first, and remembers what was settled."""
 

@@ -196,6 +196,8 @@ def test_what_a_gate_is_shows_through() -> None:
     assert isinstance(chosen, PreGated)
     assert not chosen.gate.causal
     assert not chosen.causal
+    assert chosen.real_per_token(64) == chosen.gate.real_per_token(64)
+    assert chosen.gate.real_per_token(64) is not None
     router = build("train.pre_gated", gate={"method": "train.softmax_topk", "config": {"top_k": 2}})
     assert isinstance(router, PreGated)
     assert router.causal
