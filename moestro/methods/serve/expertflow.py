@@ -113,7 +113,7 @@ class ExpertFlow(CachePolicy, Forecast):
     name = "serve.expertflow"
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.width = config, config.width
         self.predictor = None if config.predictor is None else route_predictor.load(config.predictor)
         self.last: dict[Key, int] = {}
         self.resident: set[Key] = set()
@@ -122,11 +122,6 @@ class ExpertFlow(CachePolicy, Forecast):
         self._pattern: dict[int, list[int]] = {}  # of the layers to come
         self._rank: dict[Key, int] = {}
         self._shares: dict[int, tuple[int, int]] = {}  # layer to come -> (its place, its slots)
-
-    @property
-    def width(self) -> int | None:
-        """See Orders."""
-        return self.config.width
 
     @property
     def policy(self) -> CachePolicy:
