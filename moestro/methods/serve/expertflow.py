@@ -247,17 +247,6 @@ class ExpertFlow(CachePolicy, Forecast):
         return found
 
 
-def order(config: Config, plan: Any = None) -> Any:
-    """The order of a scheduler, with a predictor of its own; better that of the object that also forecasts.
-
-    Raises:
-        ConfigError: no predictor is named.
-    """
-    if config.predictor is None:
-        raise ConfigError(NOT_TAUGHT)
-    return ExpertFlow(config).order
-
-
 def policy(config: Config, plan: Any = None) -> CachePolicy:
     """The policy; without a forecast beside it, nothing is foreseen and it is LRU."""
     return ExpertFlow(config)
