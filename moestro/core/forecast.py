@@ -6,7 +6,7 @@ and methods that forecast are written against it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -77,20 +77,6 @@ class Forecast(Protocol):
     def forget(self, sequence: int) -> None:
         """A sequence is over; its id may come again for another."""
         return
-
-
-@runtime_checkable
-class Orders(Protocol):
-    """A forecast that also says which sequences are written first, where they are not all written in one step.
-
-    Attributes:
-        width: sequences written in one step; None: as the scheduler has it.
-    """
-
-    width: int | None
-
-    def order(self, requests: list[Any]) -> list[Any]:
-        """Requests that wait for their next token, in order of waiting -> the same, those to be written first."""
 
 
 @dataclass(frozen=True)

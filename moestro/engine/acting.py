@@ -9,6 +9,7 @@ from moestro.core.expert_cache import DEFAULT_POLICY, CachePolicy
 from moestro.core.forecast import Forecast
 from moestro.core.plan import MethodUse, ServingPlan
 from moestro.core.registry import MethodInfo, infos, method
+from moestro.engine.dialect import ModelSpec
 
 
 POLICY: Final = MethodUse(method=DEFAULT_POLICY)
@@ -80,6 +81,16 @@ def decoder_of(plan: ServingPlan) -> Decoder:
     """How logits become a choice where a request does not say, by a plan."""
     found: Decoder = PLAIN if plan.decoder is None else made("decoder", plan.decoder)
     return found
+
+
+def check_ready(forecast: MethodUse, model: ModelSpec) -> None:
+    """Check that a forecast could serve a model, as it is now.
+
+    Raises:
+        ConfigError: nobody has taught it, or on another model.
+    """
+    choices = [0 if layer.router is None else layer.router.top_k for layer in model.layers]
+    made("forecast", forecast).ready([layer.experts for layer in model.layers], choices)
 
 
 def as_use(value: str | MethodUse) -> MethodUse:

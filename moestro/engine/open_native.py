@@ -6,8 +6,9 @@ from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.expert_cache import Oracle
+from moestro.core.forecast import Forecast
 from moestro.core.plan import MethodUse
-from moestro.engine.acting import POLICY, as_use, cache_and_forecast
+from moestro.engine.acting import POLICY, as_use, cache_and_forecast, check_ready
 from moestro.engine.ahead import Foresight
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import Addresses
@@ -36,8 +37,8 @@ class Native:
         room: where all bytes go. budget: those for experts.
 
     Raises:
-        LoadError: the folder is damaged, or no native model. ConfigError: the memory does not suffice (says how much),
-            or the forecast was not taught, or for another model.
+        LoadError: the folder is damaged, or no native model. ConfigError: the memory does not suffice; says how much.
+            A forecast that was not taught, or on another model.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Native:
         model = packed.model
         if model.dialect != "native":
             raise LoadError(f"{path}: no native forward for this model: {model.why}")
+        if forecast is not None:  # used or not: its name in a plan shall not be wrong by luck
+            check_ready(as_use(forecast), model)
         self.context = model.positions or POSITIONS
         self.room = room(packed, memory, context)
         self.budget, pages = self.room.budget, self.room.pages
@@ -61,21 +64,17 @@ class Native:
         self.store: ExpertStore | None = None
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
-        leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
-        if foresees is not None:
-            routers = [layer.router for layer in description.layers]
-            choices = [1 if router is None else router.top_k for router in routers]
-            experts = [layer.experts for layer in description.layers]
-            foresees.ready(experts, [chosen if count else 0 for chosen, count in zip(choices, experts, strict=True)])
+        foresees: Forecast | None = None
         passes = PASSES
         if self.room.experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
+            leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
             passes = getattr(leaves, "lookahead", PASSES)
             if isinstance(leaves, Oracle) and model.token_router is None:
                 raise ConfigError(
                     f"{path}: {as_use(policy).method} must be told the future, which only routers of token ids know "
-                    f"(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
+                    "(train.read_me); this model's decide layer by layer: use {POLICY.method} or another policy"
                 )
             self.store = ExpertStore(packed, self.budget, leaves)
         self.forward = NativeForward(

@@ -9,13 +9,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
 from moestro.core.batching import Batcher
 from moestro.core.errors import ConfigError, MoestroError
-from moestro.core.forecast import Orders
 from moestro.engine.ahead import Ahead, pending
 from moestro.engine.decoding import route_index
 from moestro.engine.metrics import Stats
@@ -36,8 +34,8 @@ class Scheduler:
 
     Args:
         share: let sequences that begin alike share pages. order: who is written first where ``limits.width`` is
-            smaller than the number of sequences; None: the forward's forecast, where it says (``Orders``). batcher:
-            chooses the rows of every step, in place of ``order``, ``width`` and ``mixed``. clock: seconds.
+            smaller than the number of sequences. batcher: chooses the rows of every step, in place of ``order``,
+            ``width`` and ``mixed``. clock: seconds.
 
     Raises:
         ConfigError: the batcher wants to know experts ahead, and this model's routers do not tell.
@@ -57,11 +55,6 @@ class Scheduler:
         self.limits = limits or Limits()
         self.pages = Pages(forward.pages, forward.page, share)
         self.order, self.batcher = order, batcher
-        says = getattr(forward, "forecast", None)
-        if order is None and batcher is None and isinstance(says, Orders):
-            self.order = says.order
-            if self.limits.width is None:
-                self.limits = replace(self.limits, width=says.width)
         self.ahead = Ahead.of(forward, self.limits, batcher)
         self.clock = clock
         self.stats = Stats()

@@ -191,7 +191,7 @@ def test_models_that_do_not_tell_are_refused(tmp_path: Path, packed: Path) -> No
     tiny_folder("qwen3_moe", tmp_path / "model", head_dim=16)
     pack_model(tmp_path / "model", tmp_path / "packed", bits=8)
     for policy in ("serve.belady", "serve.read_me_belady"):
-        with pytest.raises(ConfigError, match=rf"{policy} must be told the future.* token ids .* use serve\.\w+ or"):
+        with pytest.raises(ConfigError, match=f"{policy} must be told the future, which only routers of token ids"):
             few(tmp_path / "packed", policy=policy)
     native = few(packed, policy="serve.belady")
     run(Scheduler(native.forward), *answers(3))

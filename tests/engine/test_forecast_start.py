@@ -1,8 +1,7 @@
-"""A forecast when serving starts: who was not taught, or for another model, is refused; who orders is asked."""
+"""A forecast when serving starts: one that was not taught, or for another model, is refused."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.core.errors import ConfigError
-from moestro.core.forecast import Forecast, Ints, Orders, Peek, Wish
+from moestro.core.forecast import Forecast, Ints, Peek, Wish
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
 from moestro.engine import room
@@ -24,7 +23,6 @@ from moestro.methods.serve._parts.route_file import Header, LayerShape, save
 from moestro.testing.tiny import VOCAB, tiny_folder
 from tests.engine.running import Answer, run
 from tests.engine.serving import byte_vocabulary
-from tests.engine.stub import StubForward
 from tests.methods.serve.routes import random_predictor
 
 
@@ -109,9 +107,9 @@ def test_a_forecast_for_a_model_that_is_not_packed_is_refused(packed: Path, caps
 
 
 class Told(Forecast):
-    """Says the last of those that wait is the first, and remembers what was settled."""
+    """Passes on what was settled."""
 
-    name, width = "serve.told", 2
+    name = "serve.told"
 
     def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
         return []
@@ -119,44 +117,20 @@ class Told(Forecast):
     def settled(self, layer: int, ids: Ints) -> list[Wish]:
         return [Wish(layer, tuple(ids.ravel().tolist()))]
 
-    def order(self, requests: list[Any]) -> list[Any]:
-        return requests[::-1]
 
-
-def test_a_forecast_that_orders_is_asked_unless_somebody_else_is() -> None:
-    told: Any = Told()
-    assert isinstance(told, Orders)
-    assert not isinstance(Recorder(), Orders)
-    forward: Any = StubForward()
-    forward.forecast = told
-    asked = Scheduler(forward)
-    assert (asked.order, asked.limits.width) == (told.order, 2)
-    assert Scheduler(forward, Limits(width=3)).limits.width == 3
-    mine = Scheduler(forward, order=sorted)
-    assert (mine.order, mine.limits.width) == (sorted, None)
-    spy: Any = SimpleNamespace(name="spy", needs_experts=False, take=None)
-    assert Scheduler(forward, batcher=spy).order is None
-    told.width = None
-    assert Scheduler(forward).limits.width is None
-    assert Recorder(other=told).settled(2, np.array([[3, 1]], np.int32)) == [Wish(2, (3, 1))]
+def test_a_recorder_passes_on_what_is_settled() -> None:
+    assert Recorder(other=Told()).settled(2, np.array([[3, 1]], np.int32)) == [Wish(2, (3, 1))]
     assert Recorder().settled(2, np.array([[3, 1]], np.int32)) == []
 
 
-def test_served_by_plan_it_orders_and_texts_stay(packed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("slots", [4, 10])
+def test_one_that_fits_serves_and_texts_stay(slots: int, packed: Path, tmp_path: Path) -> None:
     prompts = [[(7 * number + at) % VOCAB for at in range(3 + number % 3)] for number in range(6)]
 
-    def texts(native: Native) -> tuple[list[list[int]], list[int]]:
-        widths: list[int] = []
-        step = native.forward.step
-        native.forward.step = lambda batch: (widths.append(len(batch.sequences)), step(batch))[1]  # type: ignore
-        scheduler = Scheduler(native.forward, Limits(running=6, max_wait=1e9))
-        found = run(scheduler, *[Answer(prompt, 5) for prompt in prompts])
+    def texts(native: Native) -> list[list[int]]:
+        found = run(Scheduler(native.forward, Limits(running=6)), *[Answer(prompt, 5) for prompt in prompts])
         native.close()
-        return found, widths
+        return found
 
     use = predictor(tmp_path)
-    use = use.model_copy(update={"config": {**use.config, "width": 2}})
-    ordered, widths = texts(opened(packed, 4, use, policy=use))
-    plain, all_widths = texts(opened(packed, 10, None))
-    assert ordered == plain
-    assert max(widths[6:]) <= 2 < max(all_widths[1:])
+    assert texts(opened(packed, slots, use, policy=use)) == texts(opened(packed, 10, None))

@@ -53,7 +53,7 @@ class Config(BaseConfig):
     Attributes:
         predictor: folder that `moestro learn` wrote. factor: experts expected of a token, as a multiple of k.
         slots: experts that the cache holds; None: as many as were in it when one had to leave.
-        width: T, sequences written in one step, for the order; None: as the scheduler has it, half of those that wait.
+        width: T, sequences that run together, for the order.
         dim, heads, inner, depth, window: of a predictor that is learned. epochs: passes over the tokens; steps: updates
             at most. batch: rows of 256 tokens an update. lr, head_lr: peaks. held: share of sequences to measure on.
     """
@@ -61,7 +61,7 @@ class Config(BaseConfig):
     predictor: str | None = None
     factor: float = Field(default=1.0, gt=0, le=64)
     slots: int | None = Field(default=None, ge=1)
-    width: int | None = Field(default=None, ge=1)
+    width: int = Field(default=8, ge=1)
     dim: int = Field(default=64, ge=2)
     heads: int = Field(default=4, ge=1)
     inner: int = Field(default=256, ge=1)
@@ -108,12 +108,12 @@ def pattern(logits: Floats, layers: Sequence[LayerShape], factor: float) -> list
 
 
 class ExpertFlow(CachePolicy, Forecast):
-    """See CachePolicy, Forecast, Student and Orders; one object is all of them."""
+    """See CachePolicy, Forecast and Student. One object does both; ``order`` is for the scheduler."""
 
     name = "serve.expertflow"
 
     def __init__(self, config: Config) -> None:
-        self.config, self.width = config, config.width
+        self.config = config
         self.predictor = None if config.predictor is None else route_predictor.load(config.predictor)
         self.last: dict[Key, int] = {}
         self.resident: set[Key] = set()
@@ -224,8 +224,7 @@ class ExpertFlow(CachePolicy, Forecast):
 
     def order(self, requests: list[Any]) -> list[Any]:
         """Requests that wait for a token, oldest first -> the same, so that the first T touch few experts."""
-        half = len(requests) // 2
-        together = 2 * (half if self.width is None else min(self.width, half))
+        together = 2 * min(self.config.width, len(requests) // 2)
         if self.predictor is None or together < 2:
             return requests
         head = requests[:together]
@@ -245,6 +244,17 @@ class ExpertFlow(CachePolicy, Forecast):
             found[at + ids] = True
             at += shape.experts
         return found
+
+
+def order(config: Config, plan: Any = None) -> Any:
+    """The order of a scheduler, with a predictor of its own; better that of the object that also forecasts.
+
+    Raises:
+        ConfigError: no predictor is named.
+    """
+    if config.predictor is None:
+        raise ConfigError(NOT_TAUGHT)
+    return ExpertFlow(config).order
 
 
 def policy(config: Config, plan: Any = None) -> CachePolicy:
