@@ -19,6 +19,9 @@ Floats = npt.NDArray[np.float32]
 
 HEADER: Final = "predictor.json"
 WEIGHTS: Final = "predictor.safetensors"
+NOT_TAUGHT: Final = (
+    "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"
+)
 
 
 class LayerShape(Config):
