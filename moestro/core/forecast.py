@@ -51,6 +51,14 @@ class Forecast(Protocol):
         """The model that it forecasts for, before anything else: experts of each layer, 0 where there are none."""
         return
 
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """Whether it could serve a model, as it is now: experts of each layer, and how many of them a token chooses.
+
+        Raises:
+            ConfigError: nobody has taught it, or on another model.
+        """
+        return
+
     def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
         """A step starts: token id, position and id of the sequence of each row, int32 [R]."""
         return []

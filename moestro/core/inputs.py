@@ -14,6 +14,20 @@ if TYPE_CHECKING:
     from moestro.core.site import Site, SiteKind
 
 
+def gate_of(router: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The router {method, config} that ranks: itself, or the one it names as its ``gate``, as pre-gated ones do."""
+    inner = router.get("config", {}).get("gate")
+    return gate_of(inner) if isinstance(inner, Mapping) else router
+
+
+def with_gate(router: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """The router {method, config} with other settings of what ranks in it, see ``gate_of``."""
+    config = router["config"]
+    if isinstance(config.get("gate"), Mapping):
+        return {**router, "config": {**config, "gate": with_gate(config["gate"], **settings)}}
+    return {**router, "config": {**config, **settings}}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
     """One feed-forward site, dense or a mixture, as far as headers and configuration tell.
@@ -55,8 +69,14 @@ class LayerShape:
     @property
     def top_k(self) -> int | None:
         """Choices of a token, where the router's settings say so."""
+        found: int | None = self.gate.get("top_k")
+        return found
+
+    @property
+    def gate(self) -> Mapping[str, Any]:
+        """Settings of what ranks the experts: of the router, or of the one inside it (see ``gate_of``)."""
         router = {} if self.module is None else self.module.config.get("router", {})
-        found: int | None = router.get("config", {}).get("top_k")
+        found: Mapping[str, Any] = gate_of(router).get("config", {})
         return found
 
 

@@ -127,6 +127,16 @@ def decoder_of(plan: ServingPlan) -> Decoder:
     return found
 
 
+def check_ready(forecast: MethodUse, model: ModelSpec) -> None:
+    """Check that a forecast could serve a model, as it is now.
+
+    Raises:
+        ConfigError: nobody has taught it, or on another model.
+    """
+    choices = [0 if layer.router is None else layer.router.top_k for layer in model.layers]
+    made("forecast", forecast).ready([layer.experts for layer in model.layers], choices)
+
+
 def as_use(value: str | MethodUse) -> MethodUse:
     """A method by id, without settings, or as it is."""
     return MethodUse(method=value) if isinstance(value, str) else value

@@ -35,7 +35,7 @@ def route_index(forward: Forward, route: Route | None) -> int:
         make: Callable[[Route], Any] | None = getattr(forward, "override", None)
         if make is None:
             routers = [layer.router for layer in forward.description.layers]  # type: ignore[attr-defined]
-            made: Any = override_of(route, routers, lambda: forward.asked)  # type: ignore[attr-defined]
+            made: Any = Follow(route, routers, lambda: forward.asked)  # type: ignore[attr-defined]
         else:
             made = make(route)
         overrides.append(made)
@@ -43,30 +43,46 @@ def route_index(forward: Forward, route: Route | None) -> int:
     return known[route]
 
 
-def override_of(
-    route: Route, routers: Sequence[Router | None], positions: Callable[[], Ints] | None = None
-) -> Override:
+class Follow:
     """A route over the native router dialects: chosen from a layer's logits by the same rule with another k.
 
-    ``positions`` gives those of the rows that are asked for, for routes that look at them.
+    Args:
+        routers: of each layer, None where nothing is ranked. positions: gives those of the rows that are asked for, for
+            routes that look at them.
+
+    Attributes:
+        ratios: float32 [layers, ranks], what ``Route.ratios_of`` says of each layer that follows a route by ratios, so
+            that kernels can leave the experts out themselves; None for other routes. first: see ``Route``.
+
+    Raises:
+        ConfigError: the first positions shall keep their experts, and nobody says where a row stands.
     """
 
-    def follow(layer: int, logits: Floats, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
-        router = routers[layer]
-        if router is None or (route.layers is not None and layer not in route.layers):
-            return ids, weights
-        if route.kind == "ratio":
-            early = positions() < route.first if route.first and positions is not None else None
-            return thinned(route.ratios_of(layer, ids.shape[1]), router, ids, weights, early)
-        return chosen(route, router, logits)
+    def __init__(
+        self, route: Route, routers: Sequence[Router | None], positions: Callable[[], Ints] | None = None
+    ) -> None:
+        if route.first and positions is None:
+            raise ConfigError(f"route {route} spares the first {route.first} positions, but rows come without theirs")
+        self.route, self.routers, self.positions = route, routers, positions
+        self.first, self.ratios = route.first, self._ratios() if route.kind == "ratio" else None
 
-    if route.kind == "ratio":  # the kernels can do it themselves
-        ranks = max((router.top_k for router in routers if router is not None), default=1)
-        taken = [route.layers is None or layer in route.layers for layer in range(len(routers))]
-        found = [route.ratios_of(layer, ranks) * np.float32(taken[layer]) for layer in range(len(routers))]
-        follow.ratios = np.ascontiguousarray(found, dtype=np.float32)  # type: ignore[attr-defined]
-        follow.first = route.first  # type: ignore[attr-defined]
-    return follow
+    def _ratios(self) -> Floats:
+        ranks = max((router.top_k for router in self.routers if router is not None), default=1)
+        rows = [self.route.ratios_of(layer, ranks) * self._applies(layer) for layer in range(len(self.routers))]
+        return np.ascontiguousarray(rows, dtype=np.float32)
+
+    def _applies(self, layer: int) -> bool:
+        return self.route.layers is None or layer in self.route.layers
+
+    def __call__(self, layer: int, logits: Floats, ids: Ints, weights: Floats) -> tuple[Ints, Floats]:
+        """See ``Override``."""
+        router = self.routers[layer]
+        if router is None or not self._applies(layer):
+            return ids, weights
+        if self.route.kind != "ratio":
+            return chosen(self.route, router, logits)
+        early = self.positions() < self.first if self.positions is not None and self.first else None
+        return thinned(self.route.ratios_of(layer, ids.shape[1]), router, ids, weights, early)
 
 
 def thinned(

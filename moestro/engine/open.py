@@ -50,10 +50,16 @@ def open_forward(
             model_hash: fingerprint that a packed model must have; None: any.
 
     Raises:
-        LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice.
+        LoadError, FamilyError: the model cannot be opened. ConfigError: the memory does not suffice, or a forecast for
+            a model that is not packed.
     """
     if (Path(path).expanduser() / "pack.json").is_file():
         return _native(Path(path).expanduser(), memory, context, policy, forecast, model_hash)
+    ahead = getattr(forecast, "method", forecast)
+    if ahead not in (None, "none"):
+        raise ConfigError(
+            f"{path} is no packed model, and forecast {ahead} reads experts of those only; `moestro pack` makes one"
+        )
     return _reference(path, memory, context)
 
 

@@ -8,7 +8,7 @@ from moestro.core.errors import ConfigError, LoadError
 from moestro.core.expert_cache import Oracle
 from moestro.core.forecast import Forecast
 from moestro.core.plan import MethodUse
-from moestro.engine.acting import POLICY, as_use, cache_and_forecast
+from moestro.engine.acting import POLICY, as_use, cache_and_forecast, check_ready
 from moestro.engine.ahead import Foresight
 from moestro.engine.describe import describe
 from moestro.engine.kernels.interface import Addresses
@@ -41,6 +41,7 @@ class Native:
 
     Raises:
         LoadError: the folder is damaged, or no native model. ConfigError: the memory does not suffice; says how much.
+            A forecast that was not taught, or on another model.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Native:
         model = packed.model
         if model.dialect != "native":
             raise LoadError(f"{path}: no native forward for this model: {model.why}")
+        if forecast is not None:  # used or not: its name in a plan shall not be wrong by luck
+            check_ready(as_use(forecast), model)
         self.context = model.positions or POSITIONS
         self.room = room(packed, memory, context)
         self.budget, pages = self.room.budget, self.room.pages

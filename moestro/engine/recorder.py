@@ -30,6 +30,11 @@ class Recorder(Forecast):
         if self.other is not None:
             self.other.meet(experts)
 
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """See Forecast."""
+        if self.other is not None:
+            self.other.ready(experts, choices)
+
     def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
         """See Forecast."""
         self._rows.append(np.stack([tokens, positions, sequences]))
@@ -42,6 +47,10 @@ class Recorder(Forecast):
         for later in self.mixtures[at : at + self.ahead]:
             self._peeks.setdefault((layer, later), []).append(peek(later).copy())
         return [] if self.other is None else self.other.routed(layer, ids, peek)
+
+    def settled(self, layer: int, ids: Ints) -> list[Wish]:
+        """See Forecast."""
+        return [] if self.other is None else self.other.settled(layer, ids)
 
     def forget(self, sequence: int) -> None:
         """See Forecast."""
@@ -61,8 +70,12 @@ class Recorder(Forecast):
         )
 
     def save_peeks(self, path: Path) -> None:
-        """An ``.npz`` as ``simulate.prefetch`` reads it: ``sequence``, ``position`` [T], ``peek.L.M`` [T, E]."""
+        """An ``.npz`` as ``simulate.prefetch`` reads it: ``sequence``, ``position``, ``token`` [T], ``routes.L``
+        [T, k], ``peek.L.M`` [T, E].
+        """
         told = self.recorded()
-        peeks = {f"peek.{layer}.{later}": scores for (layer, later), scores in told.peeks.items()}
+        arrays: dict[str, Any] = {"sequence": told.sequences, "position": told.positions, "token": told.tokens}
+        arrays |= {f"routes.{layer}": ids for layer, ids in told.routes.items()}
+        arrays |= {f"peek.{layer}.{later}": scores for (layer, later), scores in told.peeks.items()}
         with path.open("wb") as file:
-            np.savez(file, sequence=told.sequences, position=told.positions, **peeks)  # type: ignore[arg-type]
+            np.savez(file, **arrays)

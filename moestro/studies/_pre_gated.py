@@ -70,7 +70,6 @@ def tuned(arm: str, seed: int, name: str) -> nn.Module:
     return model.eval()
 
 
-@torch.no_grad()
 def agreement(seed: int, name: str) -> list[float]:
     """How often the converted, untrained gate of each mixture but the first picks, on the parent's own stream, what
     the parent's gate picks one block later; by mixture.
@@ -81,7 +80,7 @@ def agreement(seed: int, name: str) -> list[float]:
     hits, total = np.zeros(len(own) - 1), 0
     size = shape_of(BUDGETS[name])
     for batch in rows_of(task_of(size).heldout, size, limit=8):
-        with session(collect=True, keeps=["input"]) as opened:
+        with torch.no_grad(), session(collect=True, keeps=["input"]) as opened:
             model(**batch)
         (ctx,) = opened.take()
         inputs = [ctx.kept[site, "input"] for site in mixture_layers(model)]

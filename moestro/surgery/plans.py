@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from moestro.core.errors import PlanError
-from moestro.core.inputs import LayerShape, ModelShape
+from moestro.core.inputs import LayerShape, ModelShape, with_gate
 from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse
 
 
@@ -134,8 +134,7 @@ def _with_choices(there: LayerShape, factor: int, num_experts: int) -> MethodUse
             f"layer {there.layer}: its router chooses no fixed number of experts, so it cannot choose {factor} times "
             "as many; a router with top_k can"
         )
-    router = there.module.config["router"]
-    router = {**router, "config": {**router["config"], "top_k": there.top_k * factor}}
+    router = with_gate(there.module.config["router"], top_k=there.top_k * factor)
     width = there.inner // factor
     return MethodUse(
         method=there.module.method,

@@ -68,11 +68,12 @@ def past(experts: Sequence[int] = EXPERTS) -> Recorded:
 
 
 def fresh(method: Method, experts: Sequence[int] = EXPERTS) -> Any:
-    """A forecast by the example settings, which has met the model and learned what it asks to learn."""
+    """A forecast by the example settings, which has met the model, learned what it asks to learn, and is ready."""
     made = method.entry("forecast")(example_config(method))
     made.meet(experts)
     if isinstance(made, Student):
         made.study(past(experts))
+    made.ready(experts, [TOP_K if count else 0 for count in experts])
     return made
 
 

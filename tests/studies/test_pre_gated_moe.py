@@ -64,18 +64,21 @@ def test_arms_differ_in_what_they_say_only() -> None:
         assert set(read) == {0 if settings is None else settings["distance"]}
 
 
-def test_an_early_gate_agrees_where_the_stream_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_early_gate_agrees_where_the_stream_stands_still() -> None:
+    parent.cache_clear()
+    found = agreement(0, "ci")  # which trains the model it needs, where no other arm has
     model = parent(0, "ci")
-    found = agreement(0, "ci")
     assert len(found) == shape_of(BUDGETS["ci"]).layers - 1
     assert all(0 <= share <= 1 for share in found)
+    assert min(found) < 1, "a stream that moves is not all foreseen"
     kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:
                 parameter.zero_()
             elif "norm" in name:
-                parameter.copy_(torch.linspace(0.5, 2, parameter.numel()) * (1 + len(name) % 3))
+                grows = torch.linspace(0.5, 2, parameter.numel())
+                parameter.copy_(grows if "layers.1." in name else grows.flip(0))
     try:
         assert min(agreement(0, "ci")) == 1.0
     finally:

@@ -37,7 +37,7 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.context import RoutingContext
 from moestro.core.errors import ConfigError, ContextError, PlanError
-from moestro.core.inputs import LayerShape, PlanInputs
+from moestro.core.inputs import LayerShape, PlanInputs, with_gate
 from moestro.core.layer import MoELayer
 from moestro.core.plan import ExpertPlan, ExpertSource, LayerExperts, MethodUse
 from moestro.core.registry import method
@@ -179,8 +179,9 @@ def _router(site: Site, old: Router, shared: Shared, top_k: int) -> Router:
     if use is None:
         raise ConfigError(f"{site.path}: nothing says how its {type(old).__name__} was made; swap in a router by id")
     found = method(use.method)
-    changed = {} if top_k == old.top_k else {"top_k": top_k}
-    made: Router = found.build(site, found.configure({**use.config, **changed}), shared)
+    plain = {"method": use.method, "config": use.config}
+    again = plain if top_k == old.top_k else with_gate(plain, top_k=top_k)
+    made: Router = found.build(site, found.configure(again["config"]), shared)
     return _inherit(made, old)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import PlanError
-from moestro.core.inputs import LayerShape, PlanInputs, Subject
+from moestro.core.inputs import LayerShape, PlanInputs, Subject, with_gate
 from moestro.core.plan import ExpertPlan, MethodUse
 from moestro.methods.convert._parts.layers import Layers, choose
 from moestro.methods.convert._parts.origin import related
@@ -70,9 +70,8 @@ def _check_router(name: str, mine: LayerShape, theirs: LayerShape) -> None:
 
 def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodUse | None:
     """The module of a layer whose router holds the groups of all models; None where it has no groups."""
-    module = models["self"].shape.layer(layer).module
-    router = {} if module is None else module.config.get("router", {})
-    groups = router.get("config", {}).get("num_groups", 1)
+    there = models["self"].shape.layer(layer)
+    module, groups = there.module, there.gate.get("num_groups", 1)
     if module is None or groups == 1:
         return None
     counts = [_count(model, layer) for model in models.values()]
@@ -81,7 +80,7 @@ def _grouped(layer: int, experts: int, models: Mapping[str, Subject]) -> MethodU
             f"layer {layer}: its router chooses among {groups} groups of equal size, and the models have "
             f"{' and '.join(map(str, counts))} experts; join models of as many"
         )
-    router = {**router, "config": {**router["config"], "num_groups": groups * len(models)}}
+    router = with_gate(module.config["router"], num_groups=groups * len(models))
     return MethodUse(method=module.method, config={**module.config, "num_experts": experts, "router": router})
 
 

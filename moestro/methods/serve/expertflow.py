@@ -42,10 +42,7 @@ from moestro.core.expert_cache import CachePolicy, Key
 from moestro.core.forecast import Floats, Forecast, Ints, Peek, Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.methods.serve._parts import route_predictor, token_split
-from moestro.methods.serve._parts.route_file import LayerShape, check_heads, check_model
-
-
-NOT_TAUGHT = "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"
+from moestro.methods.serve._parts.route_file import NOT_TAUGHT, LayerShape, check_heads, check_model
 
 
 class Config(BaseConfig):
@@ -119,7 +116,6 @@ class ExpertFlow(CachePolicy, Forecast):
         self.last: dict[Key, int] = {}
         self.resident: set[Key] = set()
         self.full: int | None = config.slots
-        self._experts: tuple[int, ...] | None = None
         self._pattern: dict[int, list[int]] = {}  # of the layers to come
         self._rank: dict[Key, int] = {}
         self._shares: dict[int, tuple[int, int]] = {}  # layer to come -> (its place, its slots)
@@ -142,9 +138,14 @@ class ExpertFlow(CachePolicy, Forecast):
         Raises:
             ConfigError: the predictor was taught on another model.
         """
-        self._experts = tuple(experts)
         if self.predictor is not None:
             check_model(self.predictor.header, experts)
+
+    def ready(self, experts: Sequence[int], choices: Sequence[int]) -> None:
+        """See Forecast."""
+        if self.predictor is None:
+            raise ConfigError(NOT_TAUGHT)
+        check_model(self.predictor.header, experts, choices)
 
     def study(self, past: Recorded) -> None:
         """See Student; what was learned before stays."""

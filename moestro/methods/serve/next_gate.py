@@ -59,16 +59,19 @@ def likely(ranked: Floats, count: int, least: float) -> list[int]:
         found = (-row).argsort(kind="stable")[:count].tolist()
         return found if row[found[-1]] != -np.inf else [expert for expert in found if row[expert] != -np.inf]
     high = ranked.max(axis=1, keepdims=True)
-    share = np.exp(ranked - high)
+    share = np.exp((ranked - high).astype(np.float64))
     share /= share.sum(axis=1, keepdims=True)
+    wished = ranked > -np.inf
     if count < experts:
-        bar = np.partition(ranked, experts - count, axis=1)[:, experts - count, None]
-        share[ranked < bar] = 0
+        wished &= ranked >= np.partition(ranked, experts - count, axis=1)[:, experts - count, None]
     if least:
-        share[share < least] = 0
-    need = share[0] if len(share) == 1 else 1 - (1 - share).prod(axis=0)
-    order = np.argsort(-need, kind="stable")
-    found = order[: np.count_nonzero(need)].tolist()
+        wished &= share >= least
+    # -log of the chance that no row needs an expert: tells small chances apart, and those near 1.
+    with np.errstate(divide="ignore"):
+        need = -np.log1p(-share, where=wished, out=np.zeros_like(share)).sum(axis=0)
+    any_row = wished.any(axis=0)
+    order = np.argsort(np.where(any_row, -need, np.inf), kind="stable")
+    found = order[: np.count_nonzero(any_row)].tolist()
     return found
 
 
@@ -90,7 +93,7 @@ class NextGate(Forecast):
 
     def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
         """See Forecast."""
-        count = math.ceil(self.config.factor * ids.shape[1])
+        count = math.ceil(self.config.factor * ids.shape[1] - 1e-9)
         return [
             Wish(later, tuple(likely(peek(later), count, self.config.least)), priority)
             for priority, later in enumerate(self._behind[layer], start=1)

@@ -11,13 +11,14 @@ may hide much and still be slower: compare the milliseconds of a token.
 
 Three arms need no method: ``none`` reads on demand, ``repeat`` wishes for what the sequences' previous tokens chose in
 the next mixture, ``perfect`` for what the next mixture will need. Forecasts that peek at later gates find what these
-said in the file ``peeks``, which `moestro.engine.recorder` writes.
+said in the file ``peeks``, which `moestro.engine.recorder` writes. In a trace of a pre-gated model of distance d, which
+does not say so itself, ``decided=d`` tells forecasts with every mixture what is decided for the d-th behind it.
 
 Source: the metrics catalogue of 2412.14219 (movement: wasted bytes, exposed wait, overlap); 2308.12066 for the time of
 a layer with one reader; the arm ``repeat`` after the locality found in 2312.17238.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -27,11 +28,12 @@ from moestro.core.card import MethodCard
 from moestro.core.config import Config as BaseConfig
 from moestro.core.errors import ConfigError
 from moestro.core.expert_cache import Learner, Oracle
-from moestro.core.forecast import Floats, Forecast, Ints, Peek, Student, Wish
+from moestro.core.forecast import Floats, Forecast, Student, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
 from moestro.core.report import Report, Table
+from moestro.methods.simulate._parts.arms import Nothing, Perfect, Repeat
 from moestro.methods.simulate._parts.machine import Counts, Machine
 from moestro.methods.simulate._parts.rows import Rows, rows_of
 
@@ -46,7 +48,7 @@ class Config(BaseConfig):
 
     Attributes:
         forecasts: methods of the stage serve with an entry ``forecast``. policies: who leaves the cache.
-        peeks: file with what later gates said, for forecasts that ask.
+        peeks: file with what later gates said, for forecasts that ask. decided: distance of a pre-gated model, else 0.
         budgets: shares of all experts' bytes, or bytes above 1. order: decode (token by token) or recorded (forwards as
         they were). batch: sequences side by side in decode.
         learn: share of the steps that policies and forecasts may learn from; the rest is measured.
@@ -59,6 +61,7 @@ class Config(BaseConfig):
     forecasts: tuple[MethodUse, ...] = ()
     policies: tuple[MethodUse, ...] = (MethodUse(method="serve.lru"),)
     peeks: str | None = None
+    decided: int = Field(default=0, ge=0)
     budgets: tuple[float, ...] = (0.1, 0.25, 0.5)
     order: Literal["decode", "recorded"] = "decode"
     batch: int = Field(default=1, ge=1)
@@ -69,62 +72,6 @@ class Config(BaseConfig):
     disk_latency_s: float = Field(default=1e-4, ge=0)
     expert_s: float = Field(default=1e-4, ge=0)
     layer_s: float = Field(default=3e-4, ge=0)
-
-
-class Nothing(Forecast):
-    """Wishes for nothing."""
-
-    name = "none"
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        return []
-
-
-class Repeat(Forecast):
-    """Wishes for what the rows' sequences chose in the next mixture at their previous token."""
-
-    name = "repeat"
-
-    def meet(self, experts: Sequence[int]) -> None:
-        """See Forecast."""
-        self.mixtures = [layer for layer, count in enumerate(experts) if count]
-        self.last: dict[tuple[int, int], list[int]] = {}
-
-    def begin(self, tokens: Ints, positions: Ints, sequences: Ints) -> list[Wish]:
-        """See Forecast."""
-        self.rows = sequences.tolist()
-        return self._wish(self.mixtures[0])
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        later = next((other for other in self.mixtures if other > layer), None)
-        wishes = [] if later is None else self._wish(later)
-        for sequence, chosen in zip(self.rows, ids.tolist(), strict=True):
-            self.last[sequence, layer] = [expert for expert in chosen if expert >= 0]
-        return wishes
-
-    def _wish(self, layer: int) -> list[Wish]:
-        experts = dict.fromkeys(e for sequence in self.rows for e in self.last.get((sequence, layer), ()))
-        return [Wish(layer, tuple(experts))] if experts else []
-
-
-class Perfect(Nothing):
-    """Wishes for what the next mixture will need; it has seen the routes."""
-
-    name = "perfect"
-
-    def __init__(self, rows: Rows) -> None:
-        self.needs = iter(rows.needs())
-        self.first = next(self.needs)
-        self.layers = rows.layers
-
-    def routed(self, layer: int, ids: Ints, peek: Peek) -> list[Wish]:
-        """See Forecast."""
-        needed = next(self.needs, [])
-        if layer == self.layers[-1] or not needed:
-            return []
-        return [Wish(needed[0][0], tuple(expert for _, expert in needed))]
 
 
 def play(forecast: Forecast, policy: Any, rows: Rows, budget: int, config: Config) -> Counts:
@@ -140,9 +87,13 @@ def play(forecast: Forecast, policy: Any, rows: Rows, budget: int, config: Confi
         running = sequences
         machine.begin()
         machine.ahead(forecast.begin(told.tokens[part], told.positions[part], told.sequences[part]))
-        for layer in rows.layers:
+        for place, layer in enumerate(rows.layers):
             machine.compute(config.layer_s)
-            wishes = forecast.routed(layer, told.routes[layer][part], peeking(rows, part, layer))
+            wishes: list[Wish] = []
+            if config.decided and place + config.decided < len(rows.layers):
+                later = rows.layers[place + config.decided]
+                wishes += forecast.settled(later, told.routes[later][part])
+            wishes += forecast.routed(layer, told.routes[layer][part], peeking(rows, part, layer))
             machine.layer(layer, rows.experts(part, layer), wishes)
     return machine.finish()
 
@@ -251,12 +202,14 @@ def measure(subject: MeterInputs, config: Config) -> Report:
     """Play the trace.
 
     Raises:
-        ConfigError: a budget below one expert, a trace too short to measure anything behind what is learned, peeks that
-            were not recorded.
+        ConfigError: a budget below one expert, a trace too short to measure anything behind what is learned, or to
+            decide anything ahead in, peeks that were not recorded.
     """
     past, rows = rows_of(subject.trace, config.order, config.batch, config.peeks).split(config.learn)
     if not len(rows.recorded.tokens):
         raise ConfigError(f"learn={config.learn} leaves none of {len(past.starts) - 1} steps to measure; record more")
+    if config.decided >= max(len(rows.layers), 1):
+        raise ConfigError(f"decided={config.decided} in a trace of {len(rows.layers)} mixtures decides none ahead")
     arms = {name: MethodUse(method=name) for name in BUILT_IN} | {label(use): use for use in config.forecasts}
     table, numbers = [], {}
     for budget in sorted({budget_bytes(budget, rows, config) for budget in config.budgets}):

@@ -10,15 +10,19 @@ from torch import Tensor
 import moestro
 from moestro import surgery
 from moestro.core.errors import MoestroError, PlanError
+from moestro.core.inputs import PlanInputs
 from moestro.core.plan import ExpertPlan, LayerExperts
+from moestro.core.registry import method
 from moestro.core.session import session
 from moestro.methods.convert.pre_gated import gain, stack_of
 from moestro.methods.planning import make_plan
 from moestro.models.load import load
+from moestro.surgery.opened import OpenModel
 from moestro.testing.tiny import tiny_folder, tiny_model
 from tests.surgery.helpers import ids, keep, layers_of, logits, mixture
 
 
+METHOD = method("convert.pre_gated")
 LAYERS = 4
 
 
@@ -234,6 +238,25 @@ def test_models_that_cannot_be_converted_are_refused(tmp_path: Path, parent: Any
         make_plan("convert.pre_gated", parent)
 
 
+def test_merged_choices_and_gains_that_nobody_can_see_are_refused(parent: Any) -> None:
+    shape = OpenModel(parent)
+    with pytest.raises(PlanError, match="needs the open model; use fold=False"):
+        METHOD.plan(PlanInputs(subject=shape), METHOD.configure({}))
+    METHOD.plan(PlanInputs(subject=shape), METHOD.configure({"fold": False}))
+    surgery.apply(parent, make_plan("compress.merge_experts", parent, {"keep": 2, "router": "remap"}, batches=[ids()]))
+    with pytest.raises(PlanError, match="layer 1 renames its choices; convert before experts are merged"):
+        make_plan("convert.pre_gated", parent)
+
+
+def test_a_gain_keeps_its_sign(parent: Any) -> None:
+    with torch.no_grad():
+        norm = parent.model.layers[1].post_attention_layernorm
+        norm.weight.copy_(torch.linspace(-1.5, 2, 32))
+    found = gain(norm, 32)
+    torch.testing.assert_close(found / found[-1], norm.weight.double() / norm.weight[-1].double(), atol=1e-4, rtol=1e-4)
+    assert 0 < int((found < 0).sum()) < 32
+
+
 def test_factors_are_checked_before_anything_changes(parent: Any) -> None:
     with pytest.raises(MoestroError, match="router_scale is for router=rows, not router=new"):
         LayerExperts(layer=1, experts=[[{"layer": 1, "expert": 0}]], router="new", router_scale=[1.0])
@@ -246,3 +269,32 @@ def test_stacks_by_path() -> None:
     assert stack_of("model.layers.3.mlp") == "model.layers"
     assert stack_of("decoder.block.0.layer.2.mlp") == "decoder.block"
     assert stack_of("mlp") == "mlp"
+
+
+def test_planners_see_the_gate_inside(parent: Any, tmp_path: Path) -> None:
+    """How many a token chooses and among which groups stands in the gate; what changes it changes it there."""
+    converted(parent)
+    shape = OpenModel(parent).shape
+    assert {there.top_k for there in shape.layers.values() if there.num_experts} == {2}
+    with pytest.raises(PlanError, match="keep at least 2"):
+        make_plan("compress.prune_experts", parent, {"keep": 1}, batches=[ids()])
+    before = logits(parent)
+    surgery.apply(parent, make_plan("convert.segment", parent, {"segments": 2}))
+    assert {layer.router.gate.top_k for layer in layers_of(parent)} == {4}
+    torch.testing.assert_close(logits(parent), before, atol=1e-5, rtol=0)
+    surgery.apply(parent, make_plan("compress.compressed_experts", parent, {"n_main": 2}))
+    assert {type(layer.router).__name__ for layer in layers_of(parent)} == {"RankedPreGated"}
+    assert float((logits(parent) - before).abs().max()) > 1e-3
+    moestro.save(parent, tmp_path / "out")
+    assert torch.equal(logits(load(tmp_path / "out", dtype="float32")), logits(parent))
+
+
+def test_groups_of_the_gate_are_counted_when_models_are_joined(tmp_path: Path) -> None:
+    models = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        models.append(converted(opened(tmp_path / name, "deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2)))
+    plan = make_plan("convert.aggregate_experts", models[0], donors={"b": models[1]})
+    surgery.apply(models[0], plan, donors={"b": models[1]})
+    gates = [layer.router.gate for layer in layers_of(models[0])]
+    assert {(gate.num_experts, gate.config.num_groups) for gate in gates} == {(16, 8)}

@@ -12,12 +12,12 @@ from moestro.core.layer import mixture_layers
 from moestro.core.plan import ServingPlan
 from moestro.core.registry import method
 from moestro.core.session import session
-from moestro.engine.decoding import override_of, thinned
+from moestro.engine.decoding import Follow, thinned
 from moestro.engine.kernels.interface import Matrix, Router
 from moestro.engine.reference import ReferenceForward
 from moestro.engine.scheduler import Scheduler
 from moestro.methods.planning import make_plan
-from moestro.methods.serve._parts.pruning import column_sums, scores
+from moestro.methods.serve._parts.pruning import column_sums, loss_of_layers, scores
 from moestro.methods.serve._parts.pruning import pruning as parts_pruning
 from moestro.methods.serve.dynamic_pruning import Config, importance, policy, pruning, route_of, spared, thresholds
 from moestro.models.load import adopt
@@ -177,7 +177,7 @@ def test_served_natively_it_equals_the_reference_rule_and_zero_is_the_model() ->
     one.on_route = lambda layer, ids, weights: seen.append(ids)
     for threshold, first in ((0.0, 0), (0.7, 0), (2.0, 0), (2.0, 6)):
         route = Route(kind="ratio", threshold=threshold, first=first)
-        override = override_of(route, routers, lambda: one.asked)
+        override = Follow(route, routers, lambda: one.asked)
         one.overrides = [None, lambda *given, how=override: how(*given)]  # by Python, and by the kernels themselves
         slow = one.step(rows(tokens, routes=np.ones(20, np.int32)))
         one.overrides = [None, override]
@@ -277,3 +277,63 @@ def test_layers_are_chosen_by_the_importance_that_was_asked_for(mixtral: Any) ->
             with parts_pruning(mixtral, only, protect=0.3, importance=kind), torch.no_grad():
                 assert float(mixtral(input_ids=IDS, labels=IDS).loss) == pytest.approx(told, rel=1e-6)
     assert losses["attention"] != losses["l1_recency"]
+
+
+def test_kernels_drop_in_the_layers_of_the_route_alone() -> None:
+    one, tokens = forward(build(layout="q8", layers=3, experts=8)), prompt(8)
+    routers = [layer.router for layer in one.description.layers]
+    seen: list[np.ndarray] = []
+    one.on_route = lambda layer, ids, weights: seen.append(ids)
+    one.overrides = [None, Follow(Route(kind="ratio", threshold=2.0, layers=(0, 2)), routers)]
+    one.step(rows(tokens, routes=np.ones(8, np.int32)))
+    assert [int((ids < 0).sum()) for ids in seen] == [16, 0, 16]
+    with pytest.raises(ConfigError, match="spares the first 4 positions, but rows come without theirs"):
+        Follow(Route(kind="ratio", first=4), routers)
+
+
+def test_a_layer_s_loss_is_that_of_every_token_alike_and_of_no_padding(mixtral: Any) -> None:
+    """Texts of 24, 13 and 5 tokens, in one batch each, or padded on either side, lose the same."""
+    texts = [IDS[0], IDS[1, :13], IDS[0, 7:12]]
+    routes = {0: Route(kind="ratio", threshold=0.9, layers=(0,)), 1: Route(kind="ratio", threshold=0.0, layers=(1,))}
+    wanted, count = dict.fromkeys(routes, 0.0), sum(len(text) - 1 for text in texts)
+    for layer, route in routes.items():
+        for text in texts:
+            with parts_pruning(mixtral, route, protect=0.2), torch.no_grad():
+                told = mixtral(input_ids=text[None]).logits[0].log_softmax(-1)
+            wanted[layer] -= float(told[:-1].gather(1, text[1:, None]).sum()) / count
+    assert abs(wanted[0] - wanted[1]) > 1e-4
+    padded = []
+    for left in (False, True):
+        ids, mask = torch.zeros(2, 3, 24, dtype=torch.long)
+        for row, text in enumerate(texts):
+            place = slice(24 - len(text), None) if left else slice(len(text))
+            ids[row, place], mask[row, place] = text, 1
+        padded.append([{"input_ids": ids, "attention_mask": mask}])
+    for batches in ([text[None] for text in texts], *padded):
+        assert loss_of_layers(mixtral, batches, routes, 0.2) == pytest.approx(wanted, rel=1e-5)
+    with pytest.raises(ConfigError, match="no token that follows another"):
+        loss_of_layers(mixtral, [IDS[:, :1]], routes, 0.0)
+
+
+def test_protection_without_attention_to_watch_is_refused(mixtral: Any) -> None:
+    """As for blocks whose mixer keeps no attention map; where nothing is dropped there, nothing is missed."""
+    config = Config(threshold=0.9, protect=0.2)
+    for settings in (config, config.model_copy(update={"importance": "l1_recency"})):
+        with pruning(mixtral, settings) as edit, torch.no_grad():
+            edit.layer_of = {site: layer + 100 * (layer == 1) for site, layer in edit.layer_of.items()}
+            with pytest.raises(ContextError, match=r"protect=0\.2 needs the attention of its own block"):
+                mixtral(input_ids=IDS)
+    with pruning(mixtral, config.model_copy(update={"layers": (0,)})) as edit, torch.no_grad():
+        edit.layer_of = {site: layer + 100 * (layer == 1) for site, layer in edit.layer_of.items()}
+        mixtral(input_ids=IDS)
+    assert edit.dropped > 0
+
+
+@pytest.mark.parametrize("watch", [True, False])
+def test_padding_is_not_counted_whether_or_not_attention_is_watched(mixtral: Any, watch: bool) -> None:
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), IDS], 1)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), torch.ones_like(IDS)], 1)
+    with parts_pruning(mixtral, Route(kind="ratio", threshold=0.9), watch=watch) as edit, torch.no_grad():
+        mixtral(input_ids=padded, attention_mask=mask)
+    assert edit.experts == 3 * IDS.numel() * len(mixture_layers(mixtral))
+    assert 0 < edit.dropped < edit.asked

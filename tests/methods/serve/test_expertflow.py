@@ -204,7 +204,12 @@ def test_nobody_has_taught_it() -> None:
     with pytest.raises(ConfigError, match="moestro learn"):
         begin(made, [1])
     with pytest.raises(ConfigError, match="moestro learn"):
+        made.ready(EXPERTS, (0, 2, 0, 1))
+    with pytest.raises(ConfigError, match="moestro learn"):
         MODULE.order(FLOW.configure({}))
+    flow().ready(EXPERTS, (0, 2, 0, 1))
+    with pytest.raises(ConfigError, match="knows 2 choices of a token in layer 1, the model makes 3"):
+        flow().ready(EXPERTS, (0, 3, 0, 1))
 
 
 # -- who leaves -------------------------------------------------------------------------------------------------------

@@ -50,6 +50,24 @@ def test_closed_experts_are_never_wished_for() -> None:
     assert likely(ranked, 4, 0.0) == likely(ranked, 6, 0.0) == [1, 4, 2]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_gates_that_are_sure_still_wish_for_all_and_in_order(batch: int) -> None:
+    """Chances of 1e-9 to 1e-35, which one minus them would lose, and rows that leave no doubt about the first."""
+    ranked = np.tile(np.array([-60.0, 0.0, -20.0, -80.0, 40.0, -30.0], np.float32), (batch, 1))
+    assert likely(ranked, 5, 0.0) == [4, 1, 2, 5, 0]
+    assert likely(ranked, 6, 0.0) == [4, 1, 2, 5, 0, 3]
+    assert likely(ranked, 6, 1e-20) == [4, 1]
+
+
+def test_a_multiple_of_what_a_row_chooses_is_rounded_up_only_where_it_is_no_whole_number() -> None:
+    one = made(factor=1.1)
+    one.meet((64, 64))
+    scores = np.arange(64, dtype=np.float32)[None]
+    for chosen, wanted in ((10, 11), (11, 13), (20, 22)):
+        (wish,) = one.routed(0, np.zeros((1, chosen), np.int32), lambda later: scores)
+        assert len(wish.experts) == wanted
+
+
 def test_how_far_and_how_many() -> None:
     one = made(ahead=2, factor=1.5)
     one.meet((0, 8, 8, 0, 8))

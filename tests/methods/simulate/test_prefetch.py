@@ -11,7 +11,7 @@ import torch
 
 from moestro.cli import main
 from moestro.core.errors import ConfigError
-from moestro.core.forecast import Wish
+from moestro.core.forecast import Recorded, Wish
 from moestro.core.inputs import MeterInputs
 from moestro.core.plan import MethodUse
 from moestro.core.registry import method
@@ -23,6 +23,7 @@ from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
 from moestro.engine.recorder import Recorder
 from moestro.engine.store import ExpertStore
+from moestro.methods.simulate._parts.arms import Nothing, Repeat
 from moestro.methods.simulate._parts.machine import Machine
 from moestro.methods.simulate._parts.rows import Rows, rows_of
 from moestro.methods.simulate._parts.steps import steps_of
@@ -243,26 +244,80 @@ def test_a_forward_and_a_trace_tell_of_the_same_tokens(recorded: Path) -> None:
         assert np.array_equal(written["peek.0.1"][back], rows.peeks[0, 1])
 
 
+def changed(recorded: Path, folder: Path, **arrays: Any) -> Path:
+    """The file of peeks with other arrays, or without those that are None."""
+    with np.load(recorded / "peeks.npz") as file:
+        found = {**{name: file[name] for name in file.files}, **arrays}
+    with (folder / "changed.npz").open("wb") as written:
+        np.savez(written, **{name: values for name, values in found.items() if values is not None})
+    return folder / "changed.npz"
+
+
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({}, "arrays sequence and position are missing"),
-        ({"sequence": np.zeros(3), "position": np.zeros(2)}, "not two lists of one length"),
-        ({"sequence": np.zeros(3), "position": np.arange(3)}, "nothing of sequence 0 position 3"),
-        ({"sequence": np.repeat(range(3), 16), "position": np.tile(range(16), 3), "peek.0.1": np.zeros((4, 8))},
-         "peek.0.1 of shape"),
-        ({"sequence": np.repeat(range(3), 16), "position": np.tile(range(16), 3), "peek.0": np.zeros((48, 8))},
-         "peek.0 of shape"),
+        ({"token": None}, "arrays sequence, position, token are missing"),
+        ({"sequence": np.zeros(3)}, "not three lists of one length"),
+        ({"token": np.zeros(48)}, "nothing of sequence 0 position 0 token [0-9]+; it belongs to another trace"),
+        ({"routes.1": None}, "routes.1 is missing"),
+        ({"routes.1": np.zeros((48, 2, 1), int)}, r"routes.1 of shape \(48, 2, 1\) is no routes.L"),
+        ({"routes.0": np.full((48, 2), 8)}, "routes.0 holds expert 8, but the layer has 8"),
+        ({"peek.0.1": np.zeros((4, 8))}, r"peek.0.1 of shape \(4, 8\) is no peek.L.M"),
+        ({"peek.0.1": np.zeros((48, 6))}, r"peek.0.1 of shape \(48, 6\).*layers 0 and 1 have 8 and 8 experts"),
+        ({"peek.0.3": np.zeros((48, 8))}, "layers 0 and 3 have 8 and 0 experts"),
+        ({"peek.0": np.zeros((48, 8))}, "peek.0 of shape"),
     ],
-)  # fmt: skip
+)
 def test_files_that_hold_no_peeks(arrays: dict[str, Any], words: str, recorded: Path, tmp_path: Path) -> None:
-    with (tmp_path / "bad.npz").open("wb") as file:
-        np.savez(file, **arrays)
     with pytest.raises(ConfigError, match=words):
-        rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=tmp_path / "bad.npz")
+        rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=changed(recorded, tmp_path, **arrays))
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(ConfigError, match="no file of recorded peeks"):
         rows_of(RoutingTrace.open(recorded / "run.trace"), peeks=tmp_path / "bad.npz")
+
+
+def test_peeks_of_another_model_with_the_same_tokens_are_refused(recorded: Path, tmp_path: Path) -> None:
+    """Routes of a model of the same shape agree by chance; those of a coarser copy of the model mostly do."""
+    trace = RoutingTrace.open(recorded / "run.trace")
+    draw = np.random.Generator(np.random.PCG64(4))
+    with np.load(recorded / "peeks.npz") as file:
+        routes = file["routes.0"]
+    coarse = np.where(draw.random((48, 1)) < 0.2, draw.integers(0, 8, (48, 2)), routes)
+    assert rows_of(trace, peeks=changed(recorded, tmp_path, **{"routes.0": coarse})).recorded.peeks
+    other = np.stack([draw.permutation(8)[:2] for _ in range(48)])
+    with pytest.raises(ConfigError, match=r"routes.0: [0-9]+% of the trace's experts.*recorded with another model"):
+        rows_of(trace, peeks=changed(recorded, tmp_path, **{"routes.0": other}))
+
+
+def never_twice(layers: int, tokens: int) -> Rows:
+    """One sequence of which every token takes an expert of its own in every layer."""
+    column = np.arange(tokens, dtype=np.int32)
+    told = Recorded(column, column, np.zeros_like(column), dict.fromkeys(range(layers), column[:, None]),
+                    (tokens,) * layers)  # fmt: skip
+    return Rows(told, np.arange(tokens + 1))
+
+
+def played(rows: Rows, name: str, slots: int, config: Any) -> Any:
+    module, lru = METER.module, MethodUse(method="serve.lru")
+    return module.play(*module.acting(name, MethodUse(method=name), lru, rows, rows), rows, slots, config)
+
+
+@pytest.mark.parametrize("read_s", [0.4, 1.0, 2.5])
+@pytest.mark.parametrize("distance", [0, 1, 2])
+def test_what_a_pre_gated_model_has_decided_hides_what_the_formulas_say(distance: int, read_s: float) -> None:
+    """t_n = 0.7 and t_e = 0.3 a block of five, room for the blocks that are known; the first ones wait."""
+    rows = never_twice(5, 6)
+    settings = {"decided": distance, "expert_bytes": 1, "disk_bytes_per_s": 1 / read_s, "disk_latency_s": 0}
+    config = METER.configure({**settings, "layer_s": 0.7, "expert_s": 0.3})
+    found = played(rows, "serve.pre_gated", distance + 1, config)
+    assert (found.wasted, found.bytes) == (0, 30)
+    assert found.foreseeable == found.foreseen == found.wished == (6 * (5 - distance) if distance else 0)
+    on_demand, one_ahead = 5 * read_s, read_s + 4 * max(0.0, read_s - 1.0)
+    if distance < 2:
+        assert found.wait / 6 == pytest.approx(one_ahead if distance else on_demand)
+    else:  # the second block waits too, behind what is read for the third
+        assert one_ahead <= found.wait / 6 < on_demand
+    assert distance != 1 or found == played(rows, "perfect", 2, config)
 
 
 @pytest.mark.parametrize(
@@ -273,6 +328,7 @@ def test_files_that_hold_no_peeks(arrays: dict[str, Any], words: str, recorded: 
         ({"policies": [{"method": "serve.next_gate"}]}, "serve.next_gate is no serving policy"),
         ({"forecasts": [{"method": "serve.next_gate"}]}, "record peeks and name their file with --peeks"),
         ({"learn": 0.999}, "leaves none of 48 steps"),
+        ({"decided": 2}, "decided=2 in a trace of 2 mixtures decides none ahead"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], words: str, recorded: Path) -> None:
@@ -310,3 +366,54 @@ def test_what_is_needed_now_is_not_evicted_for_a_wish() -> None:
     one.layer(0, [0, 1, 2], [Wish(1, (4, 5))])
     found = one.finish()
     assert (found.hits, found.misses, found.bytes) == (3, 3, 3)
+
+
+def made_up(**columns: list[int]) -> Any:
+    """A trace of two layers with four experts, by its columns."""
+    count = len(columns["expert"])
+    given = {name: np.array(columns.get(name, [0] * count)) for name in
+             ("sequence", "position", "token_id", "layer", "rank", "expert", "kept", "forward")}  # fmt: skip
+    layers = [SimpleNamespace(layer=layer, num_experts=4, num_null=0, top_k=None) for layer in range(2)]
+    return SimpleNamespace(header=SimpleNamespace(layers=layers), scan=lambda names: [given])
+
+
+def test_sequences_begin_together_wherever_they_stand_and_dropped_assignments_are_left_out() -> None:
+    """Two texts, the second seen from position 7 on; one assignment was dropped, one went to a null expert."""
+    trace = made_up(
+        sequence=[0, 0, 0, 1, 1], position=[0, 0, 1, 7, 8], token_id=[5, 5, 6, 7, 8], layer=[0, 1, 0, 0, 0],
+        expert=[1, 2, 3, 0, 4], kept=[1, 1, 0, 1, 1],
+    )  # fmt: skip
+    rows = rows_of(trace, "decode", 2)
+    assert rows.recorded.positions.tolist() == [0, 7, 1, 8]
+    assert rows.starts.tolist() == [0, 2, 4]
+    assert rows.needs() == [[(0, 0), (0, 1)], [(1, 2)], [], []]
+
+
+def test_all_experts_are_the_budget_of_one_and_bytes_begin_above() -> None:
+    rows, config = never_twice(2, 3), METER.configure({"expert_bytes": 10})
+    found = [METER.module.budget_bytes(budget, rows, config) for budget in (0.5, 1.0, 10.0, 25.0)]
+    assert found == [30, 60, 10, 25]
+
+
+def test_what_sequences_chose_last_is_repeated_for_each_and_forgotten_with_them() -> None:
+    repeat = Repeat()
+    repeat.meet((0, 4, 4))
+
+    def step(sequences: list[int], *layers: list[list[int]]) -> list[list[Wish]]:
+        row = np.array(sequences, np.int32)
+        told = [repeat.begin(row, row, row)]
+        return told + [repeat.routed(layer, np.array(ids, np.int32), None) for layer, ids in enumerate(layers, 1)]
+
+    assert step([0, 1], [[3, 1], [1, -1]], [[0, 2], [2, 3]]) == [[], [], []]
+    again = step([1, 0], [[2, 0], [2, 0]], [[1, 0], [1, 0]])
+    assert again == [[Wish(1, (1, 3))], [Wish(2, (2, 3, 0))], []]
+    repeat.forget(0)
+    assert step([0, 2], [[0, 1], [0, 1]]) == [[], []]
+
+
+def test_forecasts_hear_of_the_ends_of_sequences() -> None:
+    rows = rows_of(made_up(sequence=[0, 1, 1, 2], position=[0, 0, 1, 0], expert=[0, 1, 2, 3], kept=[1] * 4))
+    nothing, gone = Nothing(), []
+    nothing.forget = lambda sequence: gone.append(sequence)
+    METER.module.play(nothing, policy("lru"), rows, 4, METER.configure({"expert_bytes": 1}))
+    assert gone == [0, 1]

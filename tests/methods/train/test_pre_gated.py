@@ -186,6 +186,25 @@ def test_one_gate_a_mixture_and_no_more_parameters_than_its_own() -> None:
     )
 
 
+def test_what_a_gate_is_shows_through() -> None:
+    """Null experts, what they leave to compute, who is causal, and how experts weigh when others are dropped."""
+    nulls = build("train.pre_gated", gate={"method": "train.adamoe", "config": {"top_k": 3, "num_null": 4}})
+    assert isinstance(nulls, PreGated)
+    assert (nulls.top_k, nulls.num_null) == (3, 4)
+    assert nulls.real_per_token(9) == nulls.gate.real_per_token(9) != 3
+    chosen = build("train.pre_gated", gate={"method": "train.expert_choice"})
+    assert isinstance(chosen, PreGated)
+    assert not chosen.gate.causal
+    assert not chosen.causal
+    assert chosen.real_per_token(64) == chosen.gate.real_per_token(64)
+    assert chosen.gate.real_per_token(64) is not None
+    router = build("train.pre_gated", gate={"method": "train.softmax_topk", "config": {"top_k": 2}})
+    assert isinstance(router, PreGated)
+    assert router.causal
+    left = torch.tensor([[0.3, 0.0], [0.2, 0.6]])
+    torch.testing.assert_close(router.weigh(left), torch.tensor([[1.0, 0.0], [0.25, 0.75]]))
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +276,8 @@ def test_other_tokens_are_refused() -> None:
         routers[1].score(hidden(3, 1)[0], None, ctx)
     with ctx.subset(torch.arange(5, -1, -1)), pytest.raises(ContextError, match="must pass all"):
         routers[1].score(hidden(6, 1)[0], None, ctx)
+    with ctx.subset(torch.tensor([0, 2, 1, 3, 4, 5])), pytest.raises(ContextError, match="must pass all"):
+        routers[1].score(hidden(6, 1)[0], None, ctx)  # the same rows, two of their tokens the other way round
 
 
 @pytest.mark.parametrize(

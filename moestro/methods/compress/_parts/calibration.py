@@ -88,7 +88,7 @@ def refuse_remapped(there: LayerShape, what: str) -> None:
 
 def groups_of(there: LayerShape) -> int:
     """Groups of equal size that a layer's router chooses among first; 1 where it has none."""
-    found: int = _router(there).get("num_groups", 1)
+    found: int = there.gate.get("num_groups", 1)
     return found
 
 
@@ -123,15 +123,8 @@ def least_of(there: LayerShape) -> int:
     if remap is not None:
         sizes = sorted(Counter(remap).values(), reverse=True)
         return next(n for n in range(1, len(sizes) + 1) if sum(sizes[:n]) >= (there.top_k or 1))
-    groups, kept = groups_of(there), _router(there).get("groups_kept", 1)
+    groups, kept = groups_of(there), there.gate.get("groups_kept", 1)
     if groups == 1:
         return there.top_k or 1
     least: int = groups * math.ceil((there.top_k or 1) / kept)
     return least
-
-
-def _router(there: LayerShape) -> dict[str, Any]:
-    """The settings of a layer's router."""
-    module = {} if there.module is None else there.module.config
-    found: dict[str, Any] = module.get("router", {}).get("config", {})
-    return found

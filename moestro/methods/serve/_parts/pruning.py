@@ -24,6 +24,8 @@ from moestro.models.sites import sites_by_layer
 NAME: Final = "moestro_column_sums"
 ROWS: Final = 128
 """Queries whose attention is computed at a time."""
+UNTOLD: Final = -100
+"""Label of a token that no loss counts, as Transformers has it."""
 
 
 class Sums:
@@ -126,12 +128,18 @@ class PruningEdit(Edit):
         layer = self.layer_of.get(site, -1)
         if routing.top_k is None:
             raise ContextError(f"{site}: experts are dropped from routers that give every token as many")
-        valid_T = torch.ones(routing.num_tokens, dtype=torch.bool)
-        keep_T = ~valid_T
+        prunes = self.route.layers is None or layer in self.route.layers
+        valid_T = torch.ones(routing.num_tokens, dtype=torch.bool) if ctx.tokens is None else ctx.tokens.valid_T
+        keep_T = torch.zeros_like(valid_T)
         if self.sums is not None and layer in self.sums.taken:
             valid_T, keep_T = self._spared(site, layer, ctx)
+        elif self.protect and prunes:
+            raise ContextError(
+                f"{site}: protect={self.protect:g} needs the attention of its own block, which has none that can be "
+                "watched; use protect=0, or name the layers that drop experts in `layers`"
+            )
         self.experts += int(valid_T.sum()) * routing.top_k
-        if self.route.layers is not None and layer not in self.route.layers:
+        if not prunes:
             return routing
         ratio_K = torch.from_numpy(self.route.ratios_of(layer, routing.top_k))
         drop_TK = (routing.weight_TK < ratio_K * routing.weight_TK[:, :1]) & ~keep_T[:, None]
@@ -167,11 +175,12 @@ def pruning(
 
     Args:
         route: of kind ``ratio``. protect: share of the tokens of a text that keep all experts. importance: what ranks
-            them. watch: know padding and attention, which puts an attention of our own into the model; without it
-            nothing can be protected, and padding is counted.
+            them. watch: know attention, which puts an attention of our own into the model; without it nothing can be
+            protected.
 
     Raises:
-        ConfigError: the model has attention that column sums are not defined for.
+        ConfigError: the model has attention that column sums are not defined for. ContextError, in a forward: a layer
+            drops experts whose block has no such attention, and tokens shall be protected.
     """
     if not watch and not protect:
         edit = PruningEdit(model, route, 0.0, importance, None)
@@ -192,11 +201,33 @@ def loss_of_layers(
     protect: float,
     importance: str = "attention",
 ) -> dict[int, float]:
-    """Mean loss in nats a token on calibration data under each route, which lets one layer drop experts."""
-    rows = [batch if isinstance(batch, Mapping) else {"input_ids": batch} for batch in batches]
+    """Mean loss in nats a token on calibration data under each route, which lets one layer drop experts.
+
+    Every token that is foretold counts alike, whatever batch it stands in; padding is not foretold.
+
+    Raises:
+        ConfigError: there is no token to foretell.
+    """
+    rows = [_labelled(batch if isinstance(batch, Mapping) else {"input_ids": batch}) for batch in batches]
+    counts = [int((row["labels"][:, 1:] != UNTOLD).sum()) for row in rows]
+    rows = [row for row, count in zip(rows, counts, strict=True) if count]
+    counts = [count for count in counts if count]
+    if not counts:
+        raise ConfigError("the calibration data holds no token that follows another: no loss can be measured")
     found = {}
     for layer, route in routes.items():
         with pruning(model, route, protect=protect, importance=importance):
-            losses = [float(model(**{**row, "labels": row.get("labels", row["input_ids"])}).loss) for row in rows]
-        found[layer] = sum(losses) / len(losses)
+            losses = [float(model(**row).loss) for row in rows]
+        found[layer] = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     return found
+
+
+def _labelled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch with labels: its own, else its ids, but for padding and what stands right behind it."""
+    if row.get("labels") is not None:
+        return dict(row)
+    ids_BS, mask = row["input_ids"], row.get("attention_mask")
+    if mask is None:
+        return {**row, "labels": ids_BS}
+    padding_BS = mask == 0
+    return {**row, "labels": ids_BS.masked_fill(padding_BS | padding_BS.roll(1, dims=1), UNTOLD)}

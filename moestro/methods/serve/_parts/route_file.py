@@ -19,6 +19,9 @@ Floats = npt.NDArray[np.float32]
 
 HEADER: Final = "predictor.json"
 WEIGHTS: Final = "predictor.safetensors"
+NOT_TAUGHT: Final = (
+    "serve.expertflow has no predictor; `moestro learn expertflow TRACE OUT` makes one, name it in `predictor`"
+)
 
 
 class LayerShape(Config):
@@ -90,8 +93,12 @@ def check_heads(dim: int, heads: int) -> None:
         raise ConfigError(f"dim={dim} over heads={heads}; give a multiple of {2 * heads}")
 
 
-def check_model(header: Header, experts: Sequence[int]) -> None:
-    """Raise ConfigError unless a predictor's layers are a model's; ``experts`` of each of its layers, 0: none."""
+def check_model(header: Header, experts: Sequence[int], choices: Sequence[int] | None = None) -> None:
+    """Raise ConfigError unless a predictor's layers are a model's.
+
+    Args:
+        experts: of each of the model's layers, 0: none. choices: of them what a token chooses; None: unknown.
+    """
     have = {shape.layer: shape.experts for shape in header.layers}
     need = {layer: count for layer, count in enumerate(experts) if count}
     if have != need:
@@ -100,6 +107,12 @@ def check_model(header: Header, experts: Sequence[int]) -> None:
             f"the predictor knows {have.get(odd, 0)} experts in layer {odd}, the model has {need.get(odd, 0)}: it was "
             f"learned from {header.model or 'another model'}; learn one from a trace of this model"
         )
+    for shape in header.layers:
+        if choices is not None and shape.top_k != choices[shape.layer]:
+            raise ConfigError(
+                f"the predictor knows {shape.top_k} choices of a token in layer {shape.layer}, the model makes "
+                f"{choices[shape.layer]}: learn one from a trace of this model, as it is served"
+            )
 
 
 def check_free(folder: str | Path) -> Path:

@@ -14,6 +14,8 @@ from moestro.core.forecast import Recorded
 from moestro.methods.simulate._parts.steps import Order
 
 
+_TOKENS = ("sequence", "position", "token")
+_NAMES = {"peek": "peek.L.M of [T, E]", "routes": "routes.L of [T, k]"}
 _COLUMNS = ("sequence", "position", "token_id", "layer", "rank", "expert", "kept", "forward")
 Index = npt.NDArray[np.int64]
 
@@ -104,10 +106,11 @@ def rows_of(trace: Any, order: Order = "decode", batch: int = 1, peeks: str | Pa
         sequences=tokens[:, 1].astype(np.int32),
         routes=_routes(trace, columns, row.ravel(), len(tokens)),
         experts=_experts(trace),
-        peeks={} if peeks is None else read_peeks(Path(peeks), tokens[:, 1], tokens[:, 2]),
     )
     if not any((ids >= 0).any() for ids in recorded.routes.values()):
         raise ConfigError("the trace holds no assignment of a token to an expert; record one with `moestro trace`")
+    if peeks is not None:
+        recorded = replace(recorded, peeks=read_peeks(Path(peeks), recorded))
     starts = np.flatnonzero(np.diff(tokens[:, 0], prepend=-1))
     return Rows(recorded, np.append(starts, len(tokens)))
 
@@ -129,37 +132,74 @@ def _routes(trace: Any, columns: dict[str, Index], row: Index, count: int) -> di
     return routes
 
 
-def read_peeks(path: Path, sequence: Index, position: Index) -> dict[tuple[int, int], npt.NDArray[np.float32]]:
-    """What gates of later layers said, from an ``.npz``: ``sequence`` and ``position`` [T], and for pairs of layers
-    ``peek.L.M`` float32 [T, E], the gate of layer M on the input of layer L; tokens in any order.
+def read_peeks(path: Path, trace: Recorded) -> dict[tuple[int, int], npt.NDArray[np.float32]]:
+    """What gates of later layers said, from an ``.npz``: ``sequence``, ``position`` and ``token`` [T], for each layer
+    ``routes.L`` int [T, k], the experts that ran (-1: none), and for pairs of layers ``peek.L.M`` float32 [T, E], the
+    gate of layer M on the input of layer L; tokens in any order.
+
+    Args:
+        trace: the tokens that are asked for, and where they went.
 
     Raises:
-        ConfigError: no such file, arrays that do not fit, or tokens that the file does not hold.
+        ConfigError: no such file, arrays that do not fit, tokens that the file does not hold, or another model's: fewer
+            of a layer's experts are those of the trace than lie halfway between chance and all.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError) as error:
         raise ConfigError(f"{path}: no file of recorded peeks: {error}") from None
-    if not {"sequence", "position"} <= arrays.keys():
-        raise ConfigError(f"{path}: arrays sequence and position are missing; it has {', '.join(arrays) or 'none'}")
-    if arrays["sequence"].shape != arrays["position"].shape or arrays["sequence"].ndim != 1:
-        raise ConfigError(f"{path}: sequence and position are not two lists of one length")
-    pairs = zip(arrays["sequence"].tolist(), arrays["position"].tolist(), strict=True)
-    at = {pair: index for index, pair in enumerate(pairs)}
-    order = [at.get(pair, -1) for pair in zip(sequence.tolist(), position.tolist(), strict=True)]
-    if -1 in order:
-        missing = order.index(-1)
-        raise ConfigError(
-            f"{path}: nothing of sequence {sequence[missing]} position {position[missing]}; it belongs to another trace"
-        )
+    if not set(_TOKENS) <= arrays.keys():
+        raise ConfigError(f"{path}: arrays {', '.join(_TOKENS)} are missing; it has {', '.join(arrays) or 'none'}")
+    if len({arrays[name].shape for name in _TOKENS}) > 1 or arrays["token"].ndim != 1:
+        raise ConfigError(f"{path}: sequence, position and token are not three lists of one length")
+    untold = [layer for layer in sorted(trace.routes) if f"routes.{layer}" not in arrays]
+    if untold:
+        raise ConfigError(f"{path}: routes.{untold[0]} is missing, so nothing tells whether it is the trace's model")
+    whole = len(arrays["token"])
+    at = {key: index for index, key in enumerate(zip(*(arrays[name].tolist() for name in _TOKENS), strict=True))}
+    asked = zip(trace.sequences.tolist(), trace.positions.tolist(), trace.tokens.tolist(), strict=True)
+    order = []
+    for sequence, position, token in asked:
+        if (sequence, position, token) not in at:
+            raise ConfigError(
+                f"{path}: nothing of sequence {sequence} position {position} token {token}; it belongs to another trace"
+            )
+        order.append(at[sequence, position, token])
     found = {}
     for name, values in arrays.items():
-        if not name.startswith("peek."):
+        kind, *layers = name.split(".")
+        if kind not in ("peek", "routes"):
             continue
-        parts = name.split(".")
-        whole = len(arrays["sequence"])
-        if len(parts) != 3 or not all(map(str.isdigit, parts[1:])) or values.ndim != 2 or len(values) != whole:
-            raise ConfigError(f"{path}: {name} of shape {values.shape} is no peek.L.M of [{whole}, E]")
-        found[int(parts[1]), int(parts[2])] = values[order].astype(np.float32)
+        if not all(map(str.isdigit, layers)) or len(layers) != 1 + (kind == "peek") or values.ndim != 2:
+            raise ConfigError(f"{path}: {name} of shape {values.shape} is no {_NAMES[kind]}")
+        numbers = tuple(map(int, layers))
+        experts = [trace.experts[layer] if layer < len(trace.experts) else 0 for layer in numbers]
+        width = experts[-1] if kind == "peek" else values.shape[1]
+        if not all(experts) or values.shape != (whole, width):
+            raise ConfigError(
+                f"{path}: {name} of shape {values.shape} is no {_NAMES[kind]} of this trace, whose layers "
+                f"{' and '.join(layers)} have {' and '.join(map(str, experts))} experts"
+            )
+        if kind == "peek":
+            found[numbers[0], numbers[1]] = values[order].astype(np.float32)
+        else:
+            _check_routes(f"{path}: {name}", values[order], trace.routes[numbers[0]], experts[0])
     return found
+
+
+def _check_routes(name: str, theirs: npt.NDArray[Any], ours: npt.NDArray[np.int32], experts: int) -> None:
+    """Raise ConfigError for routes [T, k] that agree with a trace's hardly more than by chance."""
+    chosen = np.zeros((2, len(ours), experts + 1), dtype=bool)
+    for used, ids in zip(chosen, (theirs, ours), strict=True):
+        if ids.max(initial=-1) >= experts:
+            raise ConfigError(f"{name} holds expert {ids.max()}, but the layer has {experts}")
+        np.put_along_axis(used, np.where(ids < 0, experts, ids).astype(np.int64), True, axis=1)
+    theirs_used, ours_used = chosen[:, :, :experts]
+    alike = (theirs_used & ours_used).sum() / max(ours_used.sum(), 1)
+    chance = theirs_used.sum() / theirs_used.size
+    if alike < (1 + chance) / 2:
+        raise ConfigError(
+            f"{name}: {alike:.0%} of the trace's experts are among them, chance alone makes it {chance:.0%}; it was "
+            "recorded with another model"
+        )
