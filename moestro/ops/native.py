@@ -30,7 +30,7 @@ def wheel() -> Any:
     if os.environ.get("MOESTRO_NATIVE") == "0":
         return None
     try:
-        import moestro_native
+        import moestro_native  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         return None
     return moestro_native if hasattr(moestro_native, "train_features") else None
@@ -43,18 +43,18 @@ def is_fast() -> bool:
     return native is not None and native.train_features()["isa"] != "scalar"
 
 
+def training_backend() -> str:
+    """What `auto` takes for float32 on the CPU: "native", or "segments" where that is not to be had."""
+    return "native" if is_fast() else "segments"
+
+
 def fits(*tensors: Tensor | None) -> bool:
     """Can the wheel read these? Dense float32 of the CPU, and no tensor of another kind than torch's own."""
-    return all(
-        t is None
-        or (
-            t.dtype == torch.float32
-            and t.device.type == "cpu"
-            and type(t) in (Tensor, nn.Parameter)
-            and not t.is_sparse
-        )
-        for t in tensors
-    )
+    return all(t is None or (t.dtype == torch.float32 and _is_plain(t)) for t in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def native_ffn(
