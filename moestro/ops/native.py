@@ -6,7 +6,6 @@ panels, and every thread of torch's own team on another expert. Bits do not depe
 environment variable MOESTRO_NATIVE=0 switches it off.
 """
 
-import os
 from functools import cache
 from typing import Any
 
@@ -16,24 +15,8 @@ from torch import Tensor, nn
 from moestro.core.errors import ConfigError
 from moestro.ops.activation import Activation
 from moestro.ops.loop import loop_gradients
-from moestro.ops.pool import POOL, gradient_for
+from moestro.ops.operators import NAMES, experts_backward, experts_forward, wheel
 from moestro.ops.weights import FFNWeights
-
-
-_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_oss")  # in the order of the wheel
-_NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
-
-
-@cache
-def wheel() -> Any:
-    """The module `moestro_native` if it is here and knows training, or None."""
-    if os.environ.get("MOESTRO_NATIVE") == "0":
-        return None
-    try:
-        import moestro_native  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        return None
-    return moestro_native if hasattr(moestro_native, "train_features") else None
 
 
 @cache
@@ -73,125 +56,31 @@ def native_ffn(
         raise ConfigError(
             f"backend 'native' takes float32 on the CPU; got {weights.up_EJD.dtype} on {x_TD.device}; use 'segments'"
         )
-    extras = ((weights.gated, weights.interleaved), activation, token_N, expert_N)
-    inputs = (x_TD, weight_N, *tensors)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
-        y_TO: Tensor = _NativeFFN.apply(*inputs, *extras)  # type: ignore[no-untyped-call]
+    args = (x_TD, weight_N, *tensors, token_N, expert_N, activation, weights.gated, weights.interleaved)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:6]):
+        y_TO: Tensor = _NativeFFN.apply(*args)  # type: ignore[no-untyped-call]
         return y_TO
-    return _Call(x_TD, weight_N, weights, activation, token_N, expert_N).forward(keep=False)[0]
-
-
-class _Call:
-    """One layer's experts and one routing, as addresses; the tensors behind them are kept alive here."""
-
-    def __init__(
-        self,
-        x_TD: Tensor,
-        weight_N: Tensor | None,
-        weights: FFNWeights,
-        activation: Activation,
-        token_N: Tensor,
-        expert_N: Tensor,
-        route: Any = None,
-    ) -> None:
-        up, down = weights.up_EJD, weights.down_EOI
-        self.x_TD = x_TD.contiguous()
-        self.weight_N = None if weight_N is None else weight_N.to(torch.float32).contiguous()
-        self.biases = [None if b is None else b.contiguous() for b in (weights.up_bias_EJ, weights.down_bias_EO)]
-        self.weights, self.tokens, self.assignments = weights, len(x_TD), len(expert_N)
-        self.threads = torch.get_num_threads()
-        self.bank = wheel().Bank(
-            up.shape[0],
-            up.shape[2],
-            down.shape[2],
-            down.shape[1],
-            _ACTIVATIONS.index(activation),
-            weights.gated,
-            weights.interleaved,
-            _strided(up),
-            _strided(down),
-            *map(_address, self.biases),
-        )
-        if route is None:
-            token_N, expert_N = token_N.to(torch.int64).contiguous(), expert_N.to(torch.int64).contiguous()
-            route = wheel().Route(_address(token_N), _address(expert_N), len(expert_N), up.shape[0], self.tokens)
-        self.route = route
-
-    def _rows(self, width: int) -> Tensor:
-        return POOL.empty((self.route.rows, width), torch.float32)
-
-    def _scratch(self, *, backward: bool) -> Tensor:
-        return POOL.empty((self.bank.scratch(self.threads, backward),), torch.float32)
-
-    def forward(self, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-        """y [T, O] and, to keep for backward, pre-activations [N', J]: gate's half first, in the order of rows."""
-        out = self.weights.out_dim
-        pre_NJ = self._rows(self.weights.up_EJD.shape[1]) if keep else None
-        rows_NO, y_TO = self._rows(out), POOL.empty((self.tokens, out), torch.float32)
-        scratch = self._scratch(backward=False)
-        given = (_address(self.x_TD), _address(self.weight_N))
-        self.bank.forward(self.route, *given, *map(_address, (pre_NJ, rows_NO, y_TO, scratch)), self.threads)
-        return y_TO, pre_NJ
-
-    def backward(self, grad_TO: Tensor, pre_NJ: Tensor, needs: set[str]) -> dict[str, Tensor]:
-        """Gradients of those inputs that are named."""
-        weights, dim = self.weights, self.x_TD.shape[1]
-        grads: dict[str, Tensor] = {}
-        if "x" in needs:
-            grads["x"] = POOL.empty((self.tokens, dim), torch.float32, exact=True)
-        if "weight" in needs:
-            grads["weight"] = torch.empty(self.assignments)
-        stacked = {"up": weights.up_EJD, "down": weights.down_EOI}
-        stacked |= {name: b for name, b in zip(("up_bias", "down_bias"), self.biases, strict=True) if b is not None}
-        for name in needs & stacked.keys():
-            grads[name] = gradient_for(stacked[name])
-        rows_ND = self._rows(dim) if "x" in needs else None
-        grad_TO, scratch = grad_TO.contiguous(), self._scratch(backward=True)
-        self.bank.backward(
-            self.route,
-            _address(self.x_TD),
-            _address(self.weight_N),
-            self.assignments,
-            *map(_address, (grad_TO, pre_NJ, rows_ND, grads.get("x"), grads.get("weight"))),
-            *(_strided(grads.get(name)) for name in ("up", "down")),
-            *(_address(grads.get(name)) for name in ("up_bias", "down_bias")),
-            _address(scratch),
-            self.threads,
-        )
-        return grads
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _strided(stacked: Tensor | None) -> tuple[int, int, int, int]:
-    return (0, 0, 0, 0) if stacked is None else (stacked.data_ptr(), *stacked.stride())  # type: ignore[return-value]
+    return experts_forward(*args, False)[0]  # type: ignore[no-any-return]
 
 
 class _NativeFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x_TD, weight_N, up, down, up_bias, down_bias, (gated, interleaved), activation, token_N, expert_N = args
-        weights = FFNWeights(up, down, gated, up_bias, down_bias, interleaved)
-        call = _Call(x_TD, weight_N, weights, activation, token_N, expert_N)
-        y_TO, pre_NJ = call.forward(keep=True)
-        ctx.save_for_backward(*args[:6], pre_NJ, token_N, expert_N)
-        ctx.layout, ctx.activation, ctx.route = (gated, interleaved), activation, call.route
-        return y_TO
+        y_TO, pre_NJ = experts_forward(*args, True)
+        ctx.save_for_backward(pre_NJ, *args[:8])
+        ctx.rest = args[8:]
+        return y_TO  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, pre_NJ, token_N, expert_N = ctx.saved_tensors
-        x_TD, weight_N, up, down, up_bias, down_bias = inputs
-        gated, interleaved = ctx.layout
-        weights = FFNWeights(up, down, gated, up_bias, down_bias, interleaved)
-        needs = {name for name, needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if needed}
+        pre_NJ, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:6]
+        names = [name for name, needed in zip(NAMES, needs, strict=True) if needed]
         if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the reference
-            grads = loop_gradients(x_TD, token_N, expert_N, weight_N, weights, ctx.activation, grad_TO, needs)
+            x_TD, weight_N, up, down, up_bias, down_bias, token_N, expert_N = tensors
+            activation, gated, interleaved = ctx.rest
+            weights = FFNWeights(up, down, gated, up_bias, down_bias, interleaved)
+            grads = loop_gradients(x_TD, token_N, expert_N, weight_N, weights, activation, grad_TO, names)
         else:
-            call = _Call(x_TD, weight_N, weights, ctx.activation, token_N, expert_N, ctx.route)
-            grads = call.backward(grad_TO, pre_NJ, needs)
-            if "weight" in grads:
-                grads["weight"] = grads["weight"].to(weight_N.dtype)
-        return (*(grads.get(name) for name in _NAMES), *[None] * 4)
+            grads = dict(zip(names, experts_backward(grad_TO, pre_NJ, *tensors, *ctx.rest, needs), strict=True))
+        return (*(grads.get(name) for name in NAMES), *[None] * 5)

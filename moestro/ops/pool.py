@@ -9,7 +9,7 @@ takes such a tensor as `.grad` without a copy.
 import ctypes
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from math import prod
 
@@ -116,8 +116,12 @@ POOL = StoragePool()
 """The pool of this process."""
 
 
-def gradient_for(weight: Tensor) -> Tensor:
-    """Storage in the weight's own memory order, so that autograd takes it over as it is."""
+def gradient_for(weight: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
+    """Storage in the weight's own memory order, so that autograd takes it over as it is.
+
+    `empty`: what makes it instead of the pool, with the same arguments.
+    """
+    empty = empty or POOL.empty
     if weight.dim() == 3 and weight.transpose(1, 2).is_contiguous():
-        return POOL.empty(weight.transpose(1, 2).shape, weight.dtype, exact=True).transpose(1, 2)
-    return POOL.empty(weight.shape, weight.dtype, exact=True)
+        return empty(weight.transpose(1, 2).shape, weight.dtype, exact=True).transpose(1, 2)
+    return empty(weight.shape, weight.dtype, exact=True)
