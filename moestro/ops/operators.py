@@ -170,15 +170,15 @@ def _forward_flops(x: Any, weight: Any, up: Any, down: Any, *_: Any, out_shape: 
 
 
 def _backward_flops(grad: Any, pre: Any, x: Any, weight: Any, up: Any, down: Any, *rest: Any, **_: Any) -> int:
-    """Of the hidden rows, of those that need gradients of their own, and of the stacked weights."""
+    """Gradients of the hidden rows where anything before them needs one, of x, and of the stacked weights."""
     rows: int = pre[0]
-    needs = dict(zip(NAMES, rest[-1], strict=True))
+    needs: dict[str, bool] = dict(zip(NAMES, rest[-1], strict=True))
     up_macs, down_macs = _macs(up, down)
     hidden = needs["x"] or needs["weight"] or needs["up"] or needs["up_bias"]
     return 2 * rows * (up_macs * (needs["x"] + needs["up"]) + down_macs * (hidden + needs["down"]))
 
 
-_LIBRARY = torch.library.Library("moestro", "DEF")
+_LIBRARY: Any = torch.library.Library("moestro", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(f"experts_forward({_INPUTS}, bool keep) -> (Tensor y, Tensor pre)")
 _LIBRARY.define(f"experts_backward(Tensor grad, Tensor pre, {_INPUTS}, bool[] needs) -> Tensor[]")
 _LIBRARY.impl("experts_forward", _forward, "CPU")
