@@ -300,7 +300,7 @@ class _Backward(_Pass):
             elif group.first:
                 torch.mm(grad_ON, rows, out=target_OI)
             else:
-                target_OI.addmm_(grad_ON, rows)
+                torch.addmm(target_OI, grad_ON, rows, out=target_OI)  # torch's counter knows no addmm_
 
     def _accumulate_bias(self, name: str, group: Group, grad_NO: Tensor) -> None:
         if name in self.grads:
