@@ -11,7 +11,7 @@ from moestro.ops.counters import count
 from moestro.ops.decode import one_token_ffn
 from moestro.ops.grouped import grouped_ffn
 from moestro.ops.loop import loop_ffn
-from moestro.ops.native import fits, is_fast, native_ffn
+from moestro.ops.native import are_plain, fits, is_fast, native_ffn
 from moestro.ops.segments import reproducible_ffn, segments_ffn
 from moestro.ops.weights import FFNWeights
 
@@ -82,7 +82,7 @@ def choose_backend(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor | None, weig
     if x_TD.device.type != "cpu":
         return "grouped" if weights.up_EJD.dtype == torch.bfloat16 else "loop"
     tensors = (x_TD, weight_N, weights.up_EJD, weights.down_EOI, weights.up_bias_EJ, weights.down_bias_EO)
-    if is_fast() and fits(*tensors[2:]):
+    if is_fast() and fits(*tensors[2:]) and are_plain(*tensors[:2]):  # x and weights of the routing are cast
         return "native"
     trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return "one_token" if len(x_TD) == 1 and not trains else "segments"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from moestro.core.errors import ConfigError
 from moestro.ops.activation import Activation
@@ -33,11 +34,15 @@ def training_backend() -> str:
 
 def fits(*tensors: Tensor | None) -> bool:
     """Can the wheel read these? Dense float32 of the CPU, and no tensor of another kind than torch's own."""
-    return all(t is None or (t.dtype == torch.float32 and _is_plain(t)) for t in tensors)
+    return all(t is None or t.dtype == torch.float32 for t in tensors) and are_plain(*tensors)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Like `fits`, for tensors that are cast."""
+    return all(
+        t is None or (t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided)
+        for t in tensors
+    )
 
 
 def native_ffn(
@@ -48,16 +53,19 @@ def native_ffn(
     weights: FFNWeights,
     activation: Activation,
 ) -> Tensor:
-    """The same function as `loop_ffn`. Raises ConfigError without the wheel and for dtypes other than float32."""
+    """The same function as `loop_ffn`. Raises ConfigError without the wheel and for tensors that do not `fit`."""
     tensors = (weights.up_EJD, weights.down_EOI, weights.up_bias_EJ, weights.down_bias_EO)
     if wheel() is None:
         raise ConfigError("backend 'native' needs the wheel moestro-native (pip install ./native); use 'segments'")
-    if not fits(x_TD, *tensors):
+    if not (fits(x_TD, *tensors) and are_plain(weight_N)):
+        kinds = ", ".join(sorted({type(t).__name__ for t in (x_TD, weight_N, *tensors) if t is not None}))
         raise ConfigError(
-            f"backend 'native' takes float32 on the CPU; got {weights.up_EJD.dtype} on {x_TD.device}; use 'segments'"
+            f"backend 'native' takes float32 on the CPU; got {weights.up_EJD.dtype} on {x_TD.device} ({kinds}); "
+            "use 'segments'"
         )
     args = (x_TD, weight_N, *tensors, token_N, expert_N, activation, weights.gated, weights.interleaved)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:6]):
+    trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in args[:6])
+    if trains or forward_ad._current_level >= 0:  # the operator would drop tangents; the function refuses them
         y_TO: Tensor = _NativeFFN.apply(*args)  # type: ignore[no-untyped-call]
         return y_TO
     return experts_forward(*args, False)[0]  # type: ignore[no-any-return]

@@ -40,7 +40,7 @@ def wheel() -> Any:
     return moestro_native if hasattr(moestro_native, "train_features") else None
 
 
-class _Call:
+class Call:
     """One layer's experts and one routing, as addresses; the tensors behind them are kept alive here."""
 
     def __init__(
@@ -136,12 +136,12 @@ def _strided(stacked: Tensor | None) -> tuple[int, int, int, int]:
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *given, keep = args
-    return _Call(*given).forward(keep=keep)
+    return Call(*given).forward(keep=keep)
 
 
 def _backward(grad_TO: Tensor, pre_NJ: Tensor, *args: Any) -> list[Tensor]:
     *given, needs = args
-    grads = _Call(*given).backward(grad_TO, pre_NJ, needs)
+    grads = Call(*given).backward(grad_TO, pre_NJ, needs)
     if "weight" in grads:
         grads["weight"] = grads["weight"].to(given[1].dtype)
     return list(grads.values())
