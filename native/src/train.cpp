@@ -12,6 +12,7 @@
 namespace moestro {
 
 constexpr int64_t kWorthSharing = 1 << 19;  // multiply-adds below which waking a thread costs more than it saves
+constexpr size_t kCached = 4 << 20;         // bytes of rows up to which caches may still hold them when they are read
 constexpr int kExpertCost = 16;             // what an expert costs beside its rows, in rows
 
 const TrainKernels* table_train_scalar();
@@ -110,10 +111,11 @@ void train_forward(const Bank& bank, const Route& route, const float* x, const f
     for (int at = 0; at < count; at += step) pieces.push_back({e, start + at, std::min(step, count - at)});
   }
   std::sort(pieces.begin(), pieces.end(), larger);
+  const bool past = (size_t)route.rows() * std::max(bank.out, pre ? bank.wide() : 0) * sizeof(float) > kCached;
   const size_t own = forward_floats(bank) + 16;
   each(threads, (int)pieces.size(), [&](int i, int thread) {
     const Piece& p = pieces[i];
-    k.forward(bank, p.expert, x, route.token.data(), p.row, p.count, pre, rows, aligned(scratch + thread * own));
+    k.forward(bank, p.expert, x, route.token.data(), p.row, p.count, pre, rows, past, aligned(scratch + thread * own));
   });
   combine(k, route, rows, bank.out, weight, y, threads);
 }
@@ -200,8 +202,9 @@ static size_t shared_experts(const std::vector<Piece>& experts, int threads) {
   return experts.size();
 }
 
-void train_backward(const Bank& bank, const Gradients& grads, const Route& route, const float* x, const float* weight,
+void train_backward(const Bank& bank, Gradients grads, const Route& route, const float* x, const float* weight,
                     size_t assignments, float* scratch, int threads) {
+  grads.past = (size_t)route.rows() * bank.dim * sizeof(float) > kCached;
   threads = threads_for(bank, route, threads);
   const Backward work{*train_kernels(), bank, grads, route, x, weight, scratch, threads};
   if (grads.weight) std::memset(grads.weight, 0, assignments * sizeof(float));

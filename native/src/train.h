@@ -59,6 +59,7 @@ struct Gradients {
   float* weight = nullptr;                     // [N]
   Stack up, down;
   float *up_bias = nullptr, *down_bias = nullptr;
+  bool past = false;                           // rows are written past the caches
   bool wants_pre() const { return rows || up.p || up_bias; }
 };
 
@@ -74,9 +75,9 @@ constexpr int kPanel = kBlock * (kWide + 16) + 16 * 32;  // floats of scratch of
 struct TrainKernels {
   const char* name;
   int columns;  // of a register tile; rows of a forward panel
-  // Rows row .. row + count of one expert. pre [N', J] may be null; rows [N', O].
+  // Rows row .. row + count of one expert. pre [N', J] may be null; rows [N', O]; past: both are written past the caches.
   void (*forward)(const Bank&, int expert, const float* x, const int32_t* token, int row, int count, float* pre,
-                  float* rows, float* scratch);
+                  float* rows, bool past, float* scratch);
   // Everything a block's rows need: gradients of pre-activations and hidden rows into the buffers (whose first row is
   // `first`), of the routing weights, and of x by row.
   void (*backward_rows)(const Bank&, const Gradients&, const Route&, int expert, const float* weight, int row, int count,
@@ -94,7 +95,7 @@ size_t train_scratch(const Bank& bank, int threads, bool backward);  // floats
 Route train_route(const int64_t* token, const int64_t* expert, size_t count, int experts, int tokens);
 void train_forward(const Bank&, const Route&, const float* x, const float* weight, float* pre, float* rows, float* y,
                    float* scratch, int threads);
-void train_backward(const Bank&, const Gradients&, const Route&, const float* x, const float* weight, size_t assignments,
+void train_backward(const Bank&, Gradients, const Route&, const float* x, const float* weight, size_t assignments,
                     float* scratch, int threads);
 
 // f(thread) for each of at most `threads` threads of the OpenMP runtime this process has loaded (PyTorch's, where it
