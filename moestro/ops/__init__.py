@@ -4,6 +4,7 @@ from moestro.ops.activation import ACTIVATIONS, Activation, apply_activation
 from moestro.ops.counters import calls, counting
 from moestro.ops.fused import BACKENDS, Backend, fused_ffn
 from moestro.ops.linear import grouped_linear
+from moestro.ops.native import training_backend
 from moestro.ops.pool import POOL, StoragePool
 from moestro.ops.rows import Segments, scatter_rows, sort_rows
 from moestro.ops.weights import FFNWeights
@@ -25,4 +26,5 @@ __all__ = [
     "grouped_linear",
     "scatter_rows",
     "sort_rows",
+    "training_backend",
 ]

@@ -11,16 +11,18 @@ from moestro.ops.counters import count
 from moestro.ops.decode import one_token_ffn
 from moestro.ops.grouped import grouped_ffn
 from moestro.ops.loop import loop_ffn
+from moestro.ops.native import are_plain, fits, is_fast, native_ffn
 from moestro.ops.segments import reproducible_ffn, segments_ffn
 from moestro.ops.weights import FFNWeights
 
 
-Backend = Literal["auto", "loop", "grouped", "segments", "one_token", "reproducible"]
+Backend = Literal["auto", "loop", "grouped", "segments", "native", "one_token", "reproducible"]
 
 _BACKENDS = {
     "loop": loop_ffn,
     "grouped": grouped_ffn,
     "segments": segments_ffn,
+    "native": native_ffn,
     "one_token": one_token_ffn,
     "reproducible": reproducible_ffn,
 }
@@ -73,12 +75,14 @@ _eager = torch.compiler.disable(_fused_ffn)  # type: ignore[no-untyped-call]
 def choose_backend(x_TD: Tensor, expert_N: Tensor, weight_N: Tensor | None, weights: FFNWeights) -> str:
     """The rule of `auto`.
 
-    On a CPU `segments` beat the others at every shape measured, but for inference on one token, where sorting
-    is not worth it. On accelerators torch's grouped product runs in bfloat16 only; other dtypes take the
-    loop.
+    On a CPU `native` beats the others at every shape measured; where it cannot be had, `segments`, but for inference
+    on one token, where sorting is not worth it. On accelerators torch's grouped product runs in bfloat16 only;
+    other dtypes take the loop.
     """
     if x_TD.device.type != "cpu":
         return "grouped" if weights.up_EJD.dtype == torch.bfloat16 else "loop"
     tensors = (x_TD, weight_N, weights.up_EJD, weights.down_EOI, weights.up_bias_EJ, weights.down_bias_EO)
+    if is_fast() and fits(*tensors[2:]) and are_plain(*tensors[:2]):  # x and weights of the routing are cast
+        return "native"
     trains = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     return "one_token" if len(x_TD) == 1 and not trains else "segments"

@@ -1,5 +1,7 @@
 """Reference: one expert after another in plain autograd operations. Slow, and obviously right."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,3 +35,31 @@ def loop_ffn(
         outputs.append(F.linear(hidden_NI, weights.down_EOI[expert], down_bias))
     weight_sorted = None if weight_N is None else weight_N[segments.order_N]
     return scatter_rows(torch.cat(outputs), token_N[segments.order_N], weight_sorted, x_TD.shape[0])
+
+
+def loop_gradients(
+    x_TD: Tensor,
+    token_N: Tensor,
+    expert_N: Tensor,
+    weight_N: Tensor | None,
+    weights: FFNWeights,
+    activation: Activation,
+    grad_TO: Tensor,
+    needs: Collection[str],
+) -> dict[str, Tensor]:
+    """Gradients of `loop_ffn` that can be differentiated again.
+
+    `needs`: those wanted of x, weight, up, down, up_bias, down_bias.
+    """
+    y_TO = loop_ffn(x_TD, token_N, expert_N, weight_N, weights, activation)
+    inputs = {
+        "x": x_TD,
+        "weight": weight_N,
+        "up": weights.up_EJD,
+        "down": weights.down_EOI,
+        "up_bias": weights.up_bias_EJ,
+        "down_bias": weights.down_bias_EO,
+    }
+    wanted = {name: tensor for name, tensor in inputs.items() if name in needs and tensor is not None}
+    found = torch.autograd.grad(y_TO, list(wanted.values()), grad_TO, create_graph=True, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))

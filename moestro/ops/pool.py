@@ -6,8 +6,11 @@ that it also holds itself; when its own reference is the only one left, the stor
 takes such a tensor as `.grad` without a copy.
 """
 
+import ctypes
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from math import prod
 
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 
 
 _ALIGN = 4096
+_HUGE = 2**21
+_MADV_HUGEPAGE = 14
 _SLACK = 1.25  # a scratch request may be served by a storage up to this much larger
 
 
@@ -84,8 +89,23 @@ class StoragePool:
             else:
                 kept.append(storage)
         storage = torch.UntypedStorage(nbytes)  # type: ignore[no-untyped-call]
+        _prefer_huge_pages(storage)
         self._storages = [*kept, storage]
         return storage
+
+
+def _prefer_huge_pages(storage: torch.UntypedStorage) -> None:
+    """Ask for pages of 2 MB, where Linux leaves that to the process: fewer faults, and fewer misses of translations."""
+    if not sys.platform.startswith("linux") or storage.nbytes() < 2 * _HUGE:
+        return
+    start = -(-storage.data_ptr() // _HUGE) * _HUGE
+    length = (storage.data_ptr() + storage.nbytes() - start) // _HUGE * _HUGE
+    _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # a wish: refusals do no harm
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _idle(storage: torch.UntypedStorage) -> bool:
@@ -94,3 +114,14 @@ def _idle(storage: torch.UntypedStorage) -> bool:
 
 POOL = StoragePool()
 """The pool of this process."""
+
+
+def gradient_for(weight: Tensor, empty: Callable[..., Tensor] | None = None) -> Tensor:
+    """Storage in the weight's own memory order, so that autograd takes it over as it is.
+
+    `empty`: what makes it instead of the pool, with the same arguments.
+    """
+    empty = empty or POOL.empty
+    if weight.dim() == 3 and weight.transpose(1, 2).is_contiguous():
+        return empty(weight.transpose(1, 2).shape, weight.dtype, exact=True).transpose(1, 2)
+    return empty(weight.shape, weight.dtype, exact=True)

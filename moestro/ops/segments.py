@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from moestro.core.errors import ConfigError
 from moestro.ops import workers
 from moestro.ops.activation import Activation, gate_and_up, gate_derivative, gate_value, multiply_up, up_derivative
-from moestro.ops.loop import loop_ffn
-from moestro.ops.pool import POOL
+from moestro.ops.loop import loop_gradients
+from moestro.ops.pool import POOL, gradient_for
 from moestro.ops.route import Route, compute_dtype
 from moestro.ops.rows import sort_rows
 from moestro.ops.weights import FFNWeights
@@ -202,7 +202,7 @@ class _Backward(_Pass):
         self.grads: dict[str, Tensor] = {}
         stacked = {"up": "up_EJD", "down": "down_EOI", "up_bias": "up_bias_EJ", "down_bias": "down_bias_EO"}
         for name in needs & stacked.keys():
-            self.grads[name] = _gradient_for(getattr(self.weights, stacked[name]))
+            self.grads[name] = gradient_for(getattr(self.weights, stacked[name]))
             for expert in set(range(self.segments.num_experts)).difference(self.segments.hit):
                 self.grads[name][expert].zero_()
         self.weight_grad_N = self.empty(self.segments.num_rows) if "weight" in needs else None
@@ -300,7 +300,7 @@ class _Backward(_Pass):
             elif group.first:
                 torch.mm(grad_ON, rows, out=target_OI)
             else:
-                target_OI.addmm_(grad_ON, rows)
+                torch.addmm(target_OI, grad_ON, rows, out=target_OI)  # torch's counter knows no addmm_
 
     def _accumulate_bias(self, name: str, group: Group, grad_NO: Tensor) -> None:
         if name in self.grads:
@@ -312,13 +312,6 @@ class _Backward(_Pass):
 def _products(group: Group, rows_NO: Tensor, weights_OI: Sequence[Tensor], out_NI: Tensor) -> None:
     for expert, rows, target in _pieces(group, rows_NO, out_NI):
         torch.mm(rows, weights_OI[expert], out=target)
-
-
-def _gradient_for(weight: Tensor) -> Tensor:
-    """Storage in the weight's own memory order, so that autograd takes it over as it is."""
-    if weight.dim() == 3 and weight.transpose(1, 2).is_contiguous():
-        return POOL.empty(weight.transpose(1, 2).shape, weight.dtype, exact=True).transpose(1, 2)
-    return POOL.empty(weight.shape, weight.dtype, exact=True)
 
 
 _NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
@@ -345,12 +338,9 @@ class _SegmentFFN(torch.autograd.Function):
         *inputs, pre_NJ, token_N, expert_N = ctx.saved_tensors
         x_TD, weight_N, up, down, up_bias, down_bias = inputs
         weights = _weights(up, down, up_bias, down_bias, ctx.layout)
-        needs = [name for name, needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if needed]
+        needs = frozenset(name for name, needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if needed)
         if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the reference
-            y_TO = loop_ffn(x_TD, token_N, expert_N, weight_N, weights, ctx.activation)
-            wanted = [inputs[_NAMES.index(name)] for name in needs]
-            found = torch.autograd.grad(y_TO, wanted, grad_TO, create_graph=True, materialize_grads=True)
-            grads = dict(zip(needs, found, strict=True))
+            grads = loop_gradients(x_TD, token_N, expert_N, weight_N, weights, ctx.activation, grad_TO, needs)
         else:
             work = _Backward(
                 x_TD,
@@ -360,7 +350,7 @@ class _SegmentFFN(torch.autograd.Function):
                 ctx.route,
                 grad_TO=grad_TO,
                 pre_NJ=pre_NJ,
-                needs=frozenset(needs),
+                needs=needs,
             )
             grads = work.run(x_TD, weight_N)
         return (*(grads.get(name) for name in _NAMES), *[None] * 6)

@@ -7,12 +7,14 @@ every expert writes to its own rows and its own gradient slice. The workers slee
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moestro.ops.rows import Segments
 
@@ -101,9 +103,10 @@ def run(work: Work, segments: Segments, row_cost: int, *, alone: bool = False) -
 
     `row_cost`: multiply-adds of one row. A routing that leaves the workers unequal loads (few experts hit, or one with
     most of the tokens) runs in this thread, where torch shares each product among its own threads, unless every product
-    must be `alone` in one thread.
+    must be `alone` in one thread. So does all that a dispatch mode watches (a counter of operations, say): modes belong
+    to a thread and would see nothing of the workers.
     """
-    threads = torch.get_num_threads()
+    threads = 1 if _get_current_dispatch_mode() is not None else torch.get_num_threads()
     if threads > 1 and alone:
         _run_shared(work, share(tasks(segments, threads), threads), threads)
         return
@@ -113,8 +116,18 @@ def run(work: Work, segments: Segments, row_cost: int, *, alone: bool = False) -
         if len(parts) == threads and max(map(_cost, parts)) * threads <= 1.33 * sum(map(_cost, parts)):
             _run_shared(work, parts, threads)
             return
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread() if alone else nullcontext():
         work([group for task in tasks(segments, 1) for group in task])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run_shared(work: Work, parts: list[list[Group]], threads: int) -> None:

@@ -3,30 +3,36 @@
 from ._native import (
     GROUP,
     PAGE,
+    Bank,
     Ffn,
     LayerSpec,
     Matrix,
     Model,
     ModelSpec,
+    Route,
     activation,
     choose,
     features,
     linear,
     quantise,
+    train_features,
 )
 
 
 __all__ = [
     "GROUP",
     "PAGE",
+    "Bank",
     "Ffn",
     "LayerSpec",
     "Matrix",
     "Model",
     "ModelSpec",
+    "Route",
     "activation",
     "choose",
     "features",
     "linear",
     "quantise",
+    "train_features",
 ]

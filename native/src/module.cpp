@@ -114,7 +114,10 @@ template <class T> static Out2<T> copied(const T* data, size_t rows, size_t colu
   return a;
 }
 
+void bind_train(nb::module_& m);  // train_module.cpp
+
 NB_MODULE(_native, m) {
+  bind_train(m);
   m.doc() = "Kernels of Moestro's engine.";
   m.def("features", &features, "{'isa': what runs, 'available': what could run here, best first}");
   m.def("choose", &choose_by_name, nb::arg("isa"), "Use one of features()['available'] for what is built from now on.");
