@@ -7,10 +7,10 @@ import pytest
 
 from moestro.cli import main
 from moestro.core.plan import ServingPlan
-from moestro.engine import profile
+from moestro.engine import measure
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
-from moestro.engine.profile import ROWS
+from moestro.engine.profile import ROWS, Attend, Cost
 from moestro.testing.tiny import tiny_folder
 
 
@@ -18,8 +18,11 @@ from moestro.testing.tiny import tiny_folder
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model, and a machine that takes no time to measure."""
     monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(profile, "_rates", lambda layout, threads: dict.fromkeys(ROWS, 1e9))
-    monkeypatch.setattr(profile, "_layers", lambda threads: (1e-5, 1e-5))
+    monkeypatch.setattr(measure, "rates", lambda *given: dict.fromkeys(ROWS, 1e9))
+    looks = dict.fromkeys(("one", "many"), Attend(look_s=1e-9, product_s=1e-10))
+    monkeypatch.setattr(measure, "attention", lambda threads: looks)
+    costs = dict.fromkeys(("step", "layer", "resident", "stored"), Cost(once=1e-5, row=1e-7, expert=2e-6))
+    monkeypatch.setattr(measure, "costs", lambda *given: costs)
     tiny_folder("qwen3_moe", tmp_path / "model", head_dim=16, max_position_embeddings=128)
     pack_model(tmp_path / "model", tmp_path / "packed", bits=8)
     return tmp_path / "packed"
