@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,14 +20,14 @@ import numpy as np
 
 from moestro.engine.acting import POLICY, cache_and_forecast
 from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
-from moestro.engine.layout import aligned, matrix_bytes
+from moestro.engine.layout import Bytes, aligned, matrix_bytes
 from moestro.engine.native_forward import NativeForward
 from moestro.engine.packed import EXPERTS, PAGE, Packed
 from moestro.engine.packed_index import LayerSlabs
 from moestro.engine.profile import ROWS, Attend, Cost, Disk, Profile, pairs
 from moestro.engine.sequences import Batch
 from moestro.engine.store import ExpertStore
-from moestro.engine.ternary import CODED
+from moestro.engine.ternary import CODED, Table
 
 
 WINDOW: Final = 8
@@ -41,8 +43,10 @@ _BYTES = 192 << 20  # of made-up matrices: more than a processor keeps to itself
 _WIDTH = 64
 _HEADS = (16, 64)
 _LAYERS = (2, 10)
+_MOST_LAYERS = 16
 _EXPERTS = 16
 _CHOSEN = (2, 8)
+_ZEROS = 660  # in a thousand symbols of a ternary matrix
 
 Step = Callable[[], object]
 
@@ -94,16 +98,21 @@ def attention(threads: int) -> dict[str, Attend]:
 
 
 def rates(layout: str, threads: int, profile: Profile) -> dict[int, float]:
-    """Rows -> weights a second; of the profile the rates of attention are used."""
-    hidden, inner = 1024, 4096
+    """Rows -> weights a second; of the profile the rates of attention are used.
+
+    Few rows wait for memory and get more matrices than caches hold; many compute, and two layers will do.
+    """
+    hidden, inner, fewest = 1024, 4096, 2
     each = 4 * hidden * hidden + 3 * hidden * inner
-    layers = max(2, round(_BYTES * hidden * hidden / _size(layout, hidden, hidden) / each))
-    forward = _forward(_dense(layout, hidden, inner, layers, heads=hidden // _WIDTH), MANY, threads)
+    layers = round(_BYTES * hidden * hidden / _matrix(layout, hidden, hidden).nbytes / each)
+    tall = _dense(layout, hidden, inner, min(max(fewest, layers), _MOST_LAYERS), heads=hidden // _WIDTH)
     found = {}
-    for rows in ROWS:
-        (taken,) = typical([_step(forward, rows)], _each(rows), seconds=_BUDGET_S)
-        aside = profile.attending(layers * hidden // _WIDTH * pairs(rows, 0), _WIDTH, rows)
-        found[rows] = layers * each / max(taken - aside, taken / 4)
+    for description, part in ((tall, ROWS[:4]), (replace(tall, layers=tall.layers[:fewest]), ROWS[4:])):
+        forward, count = _forward(description, MANY, threads), len(description.layers)
+        for rows in part:
+            (taken,) = typical([_step(forward, rows)], _each(rows), seconds=_BUDGET_S)
+            aside = profile.attending(count * hidden // _WIDTH * pairs(rows, 0), _WIDTH, rows)
+            found[rows] = count * each / max(taken - aside, taken / 4)
     return found
 
 
@@ -234,15 +243,30 @@ def _forward(
     return NativeForward(description, pages=-(-positions // LANES), store=store, slabs=slabs, threads=threads)
 
 
-def _size(layout: str, n: int, k: int) -> int:
-    return _matrix(layout, n, k).nbytes if layout == CODED else matrix_bytes(layout, n, k)
-
-
 def _matrix(layout: str, n: int, k: int) -> Matrix:
     """Any codes will do; the bytes 0x11 make small scales. Untouched zeros would all be one page, in every cache."""
+    if layout == CODED:
+        return _ternary(n, k)
     data = aligned(matrix_bytes(layout, n, k))
     data[:] = 0x11
     return Matrix(layout, n, k, data)
+
+
+def _ternary(n: int, k: int) -> Matrix:
+    packed, words = _random_ternary(n, k)
+    data = aligned(packed.size)
+    data[:] = packed
+    return Matrix(CODED, n, k, data, size=packed.size, words=words)
+
+
+@lru_cache(maxsize=4)
+def _random_ternary(n: int, k: int) -> tuple[Bytes, Table]:
+    """Random symbols, and the table of their strings."""
+    from moestro.engine import pack_ternary
+
+    odds = (_ZEROS / 1000, (1 - _ZEROS / 1000) / 2, (1 - _ZEROS / 1000) / 2)
+    symbols = np.random.default_rng(0).choice(np.arange(3, dtype=np.uint8), (n, k), p=odds)
+    return pack_ternary.pack(symbols, -np.ones(n), np.ones(n), _ZEROS), pack_ternary.book(_ZEROS).table
 
 
 def _attention(layout: str, hidden: int, heads: int, kv_heads: int, dim: int) -> Attention:

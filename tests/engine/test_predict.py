@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moestro.engine import measure, profile, room
+from moestro.engine.kernels.interface import LAYOUTS
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
 from moestro.engine.predict import DECODED, Mixture, Predictor, Work, layouts, verify
 from moestro.engine.profile import ROWS, Attend, Cost, Disk, Profile, pairs, this_profile
 from moestro.testing.tiny import tiny_folder
+from tests.engine.test_pack_lowbits import compressed
 
 
 DISK = Disk(latency_s=0.25, bytes_per_s=100.0)
@@ -118,6 +121,26 @@ def test_a_prompt_by_hand(folder: Path) -> None:
         assert mixture.needed == round(met)
         assert mixture.each * mixture.needed == pytest.approx(rates.seconds(met * size, tokens * k / met, "q8"))
         assert (told.needed, told.each) == (2, pytest.approx(rates.seconds(size, tokens * k / 2, "q8")))
+
+
+def test_experts_of_several_layouts_cost_their_mean(tmp_path: Path) -> None:
+    compressed(tmp_path, lambda expert: "ternary:row:bf16" if expert % 2 else "uint2:g64:f16")
+    pack_model(tmp_path / "model", tmp_path / "packed", bits=8)
+    packed = Packed.open(tmp_path / "packed")
+    assert layouts(packed) == {"q8", "f32", "q2", "t1"}
+    rates = {"q8": 1e9, "f32": 1e9, "q2": 1e6, "t1": 1e5}
+    known = made_up(weights_per_s={layout: dict.fromkeys(ROWS, rate) for layout, rate in rates.items()})
+    work = Predictor(packed, room.room(packed, 1 << 40, 64), known, None).work(1)
+    for mixture in work.mixtures:
+        odd = mixture.num // 2
+        share = (odd / 1e5 + (mixture.num - odd) / 1e6) / mixture.num
+        assert mixture.each == pytest.approx(3 * 64 * 128 * share)
+
+
+def test_every_layout_can_be_measured() -> None:
+    for layout in LAYOUTS:
+        step = measure._step(measure._forward(measure._dense(layout, 64, 128, 1), 16, 1), 3)
+        assert np.isfinite(step()).all(), layout
 
 
 @pytest.mark.parametrize(
