@@ -22,7 +22,7 @@ def plan_packed(
     from moestro.engine.packed import Packed
     from moestro.engine.predict import DECODED, PROMPT, Predictor, layouts
     from moestro.engine.predict import verify as run
-    from moestro.engine.profile import facts, this_profile
+    from moestro.engine.profile import busy, facts, this_profile
     from moestro.engine.room import POSITIONS, room
 
     packed = Packed.open(path)
@@ -49,13 +49,14 @@ def plan_packed(
         "profile": facts(profile, disk),
     }
     if verify:
-        ran = run(path, found, prompt, {})
+        before, ran = busy(), run(path, found, prompt, {})
         known = {"prompt": predictor.work(prompt, met=ran.met), "decode": work["decode"]}
         hits = {"prompt": ran.prompt_hits, "decode": ran.decode_hits}
         told["verified"] = {
             name: _check(work[name].range().estimate, getattr(ran, name), hits[name], known[name].with_hits(hits[name]))
             for name in work
         }
+        told["verified"]["busy"] = before
         told["verified"]["memory"] = {"limit": memory, "measured": ran.peak, "kept": ran.peak <= memory}
     if out is not None:
         _save(out, found, told)
@@ -100,6 +101,7 @@ def _save(out: Path, room: Any, told: dict[str, Any]) -> None:
 
 
 def _show(told: dict[str, Any], positions: int) -> None:
+    from moestro.cli.plan import BUSY
     from moestro.models.sizing_units import show_size
 
     room = told["room"]
@@ -133,6 +135,9 @@ def _show(told: dict[str, Any], positions: int) -> None:
     if "verified" in told:
         memory = told["verified"]["memory"]
         print(f"memory at most {show_size(memory['measured'])} of {show_size(memory['limit'])}")
+        busy = told["verified"]["busy"]
+        if busy > BUSY:
+            print(f"the machine was busy ({busy:.1f} processes a core): measured speeds may be too low")
     _show_profile(told["profile"])
 
 

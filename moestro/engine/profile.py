@@ -122,6 +122,11 @@ def pairs(rows: int, start: int, window: int = 0) -> int:
     return sum(min(at + 1, window or at + 1) for at in range(start, start + rows))
 
 
+def busy() -> float:
+    """Processes that want to run for every core, over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
+
+
 def profile_file() -> Path:
     """Where it is kept."""
     return cache_root() / "engine.json"
@@ -158,7 +163,7 @@ def this_profile(layouts: set[str], threads: int, *, again: bool = False, progre
         found = Profile(
             signature=now,
             measured=time.strftime("%Y-%m-%d %H:%M"),
-            busy=os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0,
+            busy=busy(),
             weights_per_s={},
             attention=measure.attention(threads),
             **dict.fromkeys(("step", "layer", "resident", "stored"), nothing),
