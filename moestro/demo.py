@@ -19,6 +19,7 @@ from torch import nn
 
 from moestro.core.config import Config
 from moestro.core.errors import MoestroError, SaveError
+from moestro.core.memory import peak_bytes
 
 
 Say = Callable[[str], None]
@@ -110,7 +111,7 @@ class Demo:
         with self.step("save, reload through AutoModelForCausalLM, generate"):
             after = self.reload(mixture)
         self.facts |= {"comparison": rows, "samples": [before, after], "seconds": self.seconds}
-        self.facts["peak_memory_bytes"] = peak_memory()
+        self.facts["peak_memory_bytes"] = peak_bytes() or None
         self.report(receipt)
         return self.facts
 
@@ -285,15 +286,3 @@ class Demo:
 def _without_noise(entry: Any) -> Any:
     experts = [[source.model_copy(update={"noise": 0.0}) for source in sources] for sources in entry.experts]
     return entry.model_copy(update={"experts": experts})
-
-
-def peak_memory() -> int | None:
-    """Largest resident memory of this process so far in bytes; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

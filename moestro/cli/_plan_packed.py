@@ -18,10 +18,11 @@ def plan_packed(
     import os
 
     from moestro.core.errors import ConfigError, LoadError
+    from moestro.engine.measure import disk as read_slabs
     from moestro.engine.packed import Packed
     from moestro.engine.predict import DECODED, PROMPT, Predictor, layouts
     from moestro.engine.predict import verify as run
-    from moestro.engine.profile import disk_rate, facts, this_profile
+    from moestro.engine.profile import busy, facts, this_profile
     from moestro.engine.room import POSITIONS, room
 
     packed = Packed.open(path)
@@ -30,16 +31,16 @@ def plan_packed(
     limit = packed.model.positions
     if context and limit and context > limit:
         raise ConfigError(f"{path}: --context {context} is more than the {limit} positions the model was made for")
-    room(packed, memory, context)  # refuses before anything is measured
+    first = room(packed, memory, context)  # refuses before anything is measured
     positions = context or min(POSITIONS, limit or POSITIONS)
     prompt = min(PROMPT, positions - 2 * DECODED)
     if prompt < 1:
         raise ConfigError(f"--context {positions}: speeds are those of more than {2 * DECODED} positions; give more")
     profile = this_profile(layouts(packed), len(os.sched_getaffinity(0)), again=measure, progress=_tell)
-    disk = disk_rate(packed)
-    found = room(packed, memory, context)
+    disk = read_slabs(packed, first.slots) if first.slots < first.count else None
+    found = room(packed, memory, context) if verify else first  # measuring leaves bytes that a server does not have
     predictor = Predictor(packed, found, profile, disk)
-    work = {"prompt": predictor.work(prompt), "decode": predictor.work(1)}
+    work = {"prompt": predictor.work(prompt), "decode": predictor.work(1, prompt + DECODED)}
     told: dict[str, Any] = {
         "model": str(path),
         "room": {**asdict(found), "slots": found.slots, "held": found.held, "disk": found.disk},
@@ -48,12 +49,15 @@ def plan_packed(
         "profile": facts(profile, disk),
     }
     if verify:
-        measured = run(path, found, prompt, {})
-        hits = {"prompt": measured.prompt_hits, "decode": measured.decode_hits}
+        before, ran = busy(), run(path, found, prompt, {})
+        known = {"prompt": predictor.work(prompt, met=ran.met), "decode": work["decode"]}
+        hits = {"prompt": ran.prompt_hits, "decode": ran.decode_hits}
         told["verified"] = {
-            name: _check(work[name], getattr(measured, name), hits[name]) for name in ("prompt", "decode")
+            name: _check(work[name].range().estimate, getattr(ran, name), hits[name], known[name].with_hits(hits[name]))
+            for name in work
         }
-        told["verified"]["memory"] = {"limit": memory, "measured": measured.peak, "kept": measured.peak <= memory}
+        told["verified"]["busy"] = before
+        told["verified"]["memory"] = {"limit": memory, "measured": ran.peak, "kept": ran.peak <= memory}
     if out is not None:
         _save(out, found, told)
     if as_json:
@@ -62,9 +66,8 @@ def plan_packed(
         _show(told, positions)
 
 
-def _check(work: Any, measured: float, hits: float) -> dict[str, float]:
+def _check(estimate: float, measured: float, hits: float, known: float) -> dict[str, float]:
     """Prediction against measurement; errors as shares of what was measured."""
-    estimate, known = work.range().estimate, work.with_hits(hits)
     return {
         "measured": measured,
         "hits": hits,
@@ -98,6 +101,7 @@ def _save(out: Path, room: Any, told: dict[str, Any]) -> None:
 
 
 def _show(told: dict[str, Any], positions: int) -> None:
+    from moestro.cli.plan import BUSY
     from moestro.models.sizing_units import show_size
 
     room = told["room"]
@@ -114,7 +118,10 @@ def _show(told: dict[str, Any], positions: int) -> None:
     print(f"{told['model']}: packed")
     for tier, what, size in rows:
         print(f"{tier:8}{what:44}{show_size(size):>12}  {size:>16,}")
-    words = {"decode": "decoding", "prompt": f"reading a prompt of {told['prompt_tokens']}"}
+    words = {
+        "decode": f"decoding after {told['prompt_tokens']}",
+        "prompt": f"reading a prompt of {told['prompt_tokens']}",
+    }
     for name, text in words.items():
         speed = told["tokens_per_second"][name]
         print(f"{text}: about {speed['estimate']:.3g} tokens/s ({speed['low']:.3g} to {speed['high']:.3g})")
@@ -128,7 +135,24 @@ def _show(told: dict[str, Any], positions: int) -> None:
     if "verified" in told:
         memory = told["verified"]["memory"]
         print(f"memory at most {show_size(memory['measured'])} of {show_size(memory['limit'])}")
-    profile = told["profile"]
-    print(
-        f"profile of {profile['measured']}: {profile['signature']}, disk {profile['disk_bytes_per_s'] / 1e6:.0f} MB/s"
-    )
+        busy = told["verified"]["busy"]
+        if busy > BUSY:
+            print(f"the machine was busy ({busy:.1f} processes a core): measured speeds may be too low")
+    _show_profile(told["profile"])
+
+
+def _show_profile(profile: dict[str, Any]) -> None:
+    """What the speeds were computed from."""
+    from moestro.cli.plan import busy_note
+
+    print(f"profile of {profile['measured']}{busy_note(profile['busy'])}: {profile['signature']}; {profile['file']}")
+    for rows, what in (("1", "one row"), ("512", "512 rows, each")):
+        rates = profile["weights_per_s"].items()
+        shown = (f"{layout} {known[rows] * int(rows) / 1e9:.3g} G weights/s" for layout, known in rates)
+        print(f"  matrices, {what}: {', '.join(shown)}")
+    names = {"step": "a step", "layer": "a layer", "resident": "a mixture in memory", "stored": "one in the store"}
+    shown = (f"{text} {profile[name]['once'] * 1e6:.3g}" for name, text in names.items())
+    print(f"  microseconds beside weights: {', '.join(shown)} and {profile['stored']['expert'] * 1e6:.2g} an expert")
+    disk = profile["disk"]
+    if disk is not None:
+        print(f"  disk: {disk['bytes_per_s'] / 1e6:.0f} MB/s after {disk['latency_s'] * 1e3:.2g} ms")

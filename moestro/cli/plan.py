@@ -188,9 +188,7 @@ def _formula(tiers: "Tiers", machine: "Machine") -> str:
         f"disk {machine.disk_bytes_per_s / 1e6:.0f} MB/s",
         f"{machine.layer_s * 1e3:.2g} ms a layer",
     )
-    busy = ""
-    if machine.busy > BUSY:
-        busy = f" while the machine was busy ({machine.busy:.1f} processes a core; --measure does it again)"
+    busy = busy_note(machine.busy)
     ends = "The ends are 25 % from the formula."
     if tiers.disk:
         ends = "Slow end: uniform routing, no read hidden; fast end: Zipf routing, all reads hidden; both 25 % wider."
@@ -198,6 +196,11 @@ def _formula(tiers: "Tiers", machine: "Machine") -> str:
         f"Seconds = fixed costs + weights met / rate + cache / memory rate{disk}. "
         f"Measured {machine.measured}{busy}: {', '.join(rates)}. {ends}"
     )
+
+
+def busy_note(busy: float) -> str:
+    """What to say of a measurement while so many processes a core wanted to run."""
+    return f" while the machine was busy ({busy:.1f} processes a core; --measure does it again)" if busy > BUSY else ""
 
 
 def _show_layers(console: Any, size: "ModelSize") -> None:

@@ -1,67 +1,130 @@
-"""What the engine's kernels and this disk do in a second: measured once in some seconds, kept in a file.
+"""What the engine does in a second on this machine: measured once in some seconds, kept in a file.
 
-Compute is that of whole steps over dense models made up for it, whose matrices do not fit into caches, so that threads,
-norms and the quantising of activations are in it. Where little fits together nothing can be faster than memory, and
-nothing here is a promise for a busier machine.
+A step takes what it costs once, what each layer and mixture costs beside its weights, its weights and its attention;
+``moestro.engine.measure`` measures them. Nothing here is a promise for a busier machine: the load is kept too.
 """
 
+import hashlib
 import math
+import os
 import platform
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
-import numpy as np
 from pydantic import Field
 
 from moestro.core.config import Config, read_kept
 from moestro.core.files import cache_root, write_text
+from moestro.core.version import VERSION
 from moestro.engine.kernels import choose
-from moestro.engine.kernels.interface import LANES, Attention, Description, Ffn, Layer, Matrix, Router
-from moestro.engine.layout import aligned, matrix_bytes
-from moestro.engine.packed import EXPERTS, Packed
-from moestro.engine.slabs import SlabFile, Slot
 
 
-ROWS: Final = (1, 4, 16, 64, 512)
-READERS: Final = 2
-_SLABS = 48
-_BUDGET_S = 0.25
-_BYTES = 192 << 20  # of made-up matrices: more than a processor keeps to itself
-_HEAD = 64
+ROWS: Final = (1, 2, 4, 8, 16, 64, 512)
 
 Progress = Callable[[str], None]
+
+
+class Cost(Config):
+    """Seconds of something beside its weights.
+
+    Attributes:
+        once: whatever it is about. row: for every row of the step; of mixtures, for every choice of a row.
+        expert: for every expert that is met.
+    """
+
+    once: float = Field(ge=0)
+    row: float = Field(ge=0)
+    expert: float = Field(default=0.0, ge=0)
+
+    def seconds(self, rows: float, experts: float = 0.0) -> float:
+        """All together."""
+        return self.once + self.row * rows + self.expert * experts
+
+
+class Disk(Config):
+    """Seconds until slabs are there: ``latency_s``, and their bytes at a rate."""
+
+    latency_s: float = Field(ge=0)
+    bytes_per_s: float = Field(gt=0)
+
+    @classmethod
+    def of(cls, nbytes: int, alone: float, count: int, together: float) -> Self:
+        """From the seconds of one slab, and of ``count`` at once."""
+        each = max((together - alone) / (count - 1), together / count / 4) if count > 1 else alone
+        each = max(each, 1e-9)
+        return cls(latency_s=max(alone - each, 0.0), bytes_per_s=nbytes / each)
+
+    def seconds(self, nbytes: float) -> float:
+        """Of what a layer misses."""
+        return self.latency_s + nbytes / self.bytes_per_s
+
+
+class Attend(Config):
+    """Seconds of attention for every position that a row looks at with a head.
+
+    Attributes:
+        look_s: of the look. product_s: of each of the two multiply-adds that a dimension of the head takes.
+    """
+
+    look_s: float = Field(ge=0)
+    product_s: float = Field(ge=0)
 
 
 class Profile(Config):
     """Measured rates.
 
     Attributes:
-        signature: processor, threads and kernels; another one is measured anew. measured: when.
+        signature: processor, threads, kernels and version; another one is measured anew. measured: when.
+        busy: processes that wanted to run for every core then; well above 1 the rates are too low.
         weights_per_s: layout -> rows of a product -> matrix weights a second (each met once, whatever the rows).
-        layer_s, mixture_s: what a layer costs beside its weights, and a layer whose experts come from a store besides.
+        attention: ``one``: of a step of one row, which reads keys and values for itself; ``many``: of longer ones.
+        step, layer: of every step and of every layer. resident, stored: of a mixture besides, its experts all in memory
+            or in a store that holds what is needed.
     """
 
     signature: str
     measured: str
+    busy: float = Field(ge=0)
     weights_per_s: dict[str, dict[int, float]]
-    layer_s: float = Field(ge=0)
-    mixture_s: float = Field(ge=0)
+    attention: dict[str, Attend]
+    step: Cost
+    layer: Cost
+    resident: Cost
+    stored: Cost
 
     def seconds(self, weights: float, rows: float, layout: str) -> float:
         """Seconds of a product of ``rows`` rows with so many weights; between measured rows by their logarithms."""
         rates = self.weights_per_s[layout]
-        known = sorted(rates)
-        if rows <= known[0]:
-            return weights / rates[known[0]]
-        if rows >= known[-1]:
-            return weights / rates[known[-1]] * rows / known[-1]
-        high = next(index for index, value in enumerate(known) if value > rows)
-        a, b = known[high - 1], known[high]
-        part = math.log(rows / a) / math.log(b / a)
-        return weights / math.exp((1 - part) * math.log(rates[a]) + part * math.log(rates[b]))
+        known = max(rates)
+        return weights / _between(rates, rows) * max(rows / known, 1.0)
+
+    def attending(self, looks: float, dim: int, rows: float) -> float:
+        """Seconds of attention in a step of ``rows`` rows: heads of ``dim`` dimensions times positions looked at."""
+        cost = self.attention["one" if rows == 1 else "many"]
+        return looks * (cost.look_s + 2 * dim * cost.product_s)
+
+
+def _between(rates: Mapping[int, float], rows: float) -> float:
+    """The rate at a number of rows, by logarithms of both; the ends go on."""
+    known = sorted(rates)
+    if rows <= known[0] or rows >= known[-1]:
+        return rates[known[0 if rows <= known[0] else -1]]
+    high = next(index for index, value in enumerate(known) if value > rows)
+    a, b = known[high - 1], known[high]
+    part = math.log(rows / a) / math.log(b / a)
+    return math.exp((1 - part) * math.log(rates[a]) + part * math.log(rates[b]))
+
+
+def pairs(rows: int, start: int, window: int = 0) -> int:
+    """Positions that ``rows`` rows of a text from ``start`` on look at, together; window: see ``AttentionSpec``."""
+    return sum(min(at + 1, window or at + 1) for at in range(start, start + rows))
+
+
+def busy() -> float:
+    """Processes that want to run for every core, over the last minute; 0 where the system does not say."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def profile_file() -> Path:
@@ -70,12 +133,16 @@ def profile_file() -> Path:
 
 
 def signature(threads: int) -> str:
-    """What must be the same for a measurement to hold."""
+    """What must be the same for a measurement to hold: the machine, and the build of what runs on it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     kernels = choose()
-    return f"{model or platform.machine()}; {threads} threads; {kernels.name} {kernels.features()['isa']}"
+    made = f"moestro {VERSION}, {kernels.name} {kernels.features()['isa']}"
+    library = getattr(getattr(getattr(kernels, "module", None), "_native", None), "__file__", None)
+    if library is not None:
+        made += " " + hashlib.sha256(Path(library).read_bytes()).hexdigest()[:8]
+    return f"{model or platform.machine()}, {threads} threads; {made}"
 
 
 def this_profile(layouts: set[str], threads: int, *, again: bool = False, progress: Progress | None = None) -> Profile:
@@ -84,147 +151,38 @@ def this_profile(layouts: set[str], threads: int, *, again: bool = False, progre
     Args:
         layouts: those that are needed. again: measure even what is kept. progress: told what is being measured.
     """
+    from moestro.engine import measure
+
     path, tell = profile_file(), progress or (lambda text: None)
+    now = signature(threads)
     found = None if again else read_kept(Profile, path)
-    if found is None or found.signature != signature(threads):
-        tell("layers")
-        layer, mixture = _layers(threads)
-        when = time.strftime("%Y-%m-%d %H:%M")
-        found = Profile(signature=signature(threads), measured=when, weights_per_s={}, layer_s=layer, mixture_s=mixture)
-    missing = sorted(layouts - set(found.weights_per_s))
-    if not missing and path.is_file() and not again:
-        return found
-    rates = dict(found.weights_per_s)
+    new = found is None or found.signature != now
+    if found is None or new:
+        tell("attention")
+        nothing = Cost(once=0.0, row=0.0)
+        found = Profile(
+            signature=now,
+            measured=time.strftime("%Y-%m-%d %H:%M"),
+            busy=busy(),
+            weights_per_s={},
+            attention=measure.attention(threads),
+            **dict.fromkeys(("step", "layer", "resident", "stored"), nothing),
+        )
+    missing = sorted((layouts | {"q8"} if new else layouts) - set(found.weights_per_s))
     for layout in missing:
         tell(f"matrices in {layout}")
-        rates[layout] = _rates(layout, threads)
-    found = found.model_copy(update={"weights_per_s": rates})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, found.model_dump_json(indent=1) + "\n")
+        measured = {**found.weights_per_s, layout: measure.rates(layout, threads, found)}
+        found = found.model_copy(update={"weights_per_s": measured})
+    if new:
+        tell("steps, layers and mixtures")
+        found = found.model_copy(update=measure.costs(threads, found))
+    if new or missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, found.model_dump_json(indent=1) + "\n")
     return found
 
 
-def disk_rate(packed: Packed) -> float:
-    """Bytes a second of reading slabs here and there as the store does, two at a time; infinite without experts."""
-    places = [(layer, expert) for layer, there in packed.experts.items() for expert in range(there.num)]
-    if not places:
-        return math.inf
-    chosen = np.random.default_rng(0).permutation(len(places))[:_SLABS].tolist()
-    file = SlabFile(packed.path / EXPERTS, packed.files[EXPERTS][0])
-    largest = max(there.stride for there in packed.experts.values())
-    done: list[int] = []
-
-    def read() -> None:
-        slot = Slot(largest)
-        try:
-            while chosen:
-                offset, size = packed.slab(*places[chosen.pop()])
-                file.read(offset, slot.view[:size])
-                done.append(size)
-        finally:
-            slot.free()
-
-    workers = [threading.Thread(target=read) for _ in range(READERS)]
-    started = time.perf_counter()
-    try:
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        file.close()
-    return sum(done) / (time.perf_counter() - started)
-
-
-def _matrix(layout: str, n: int, k: int) -> Matrix:
-    """Any codes will do; the bytes 0x11 make small scales. Untouched zeros would all be one page, in every cache."""
-    data = aligned(matrix_bytes(layout, n, k))
-    data[:] = 0x11
-    return Matrix(layout, n, k, data)
-
-
-def _model(layout: str, hidden: int, inner: int, layers: int, experts: int = 0) -> Description:
-    """A made-up model: dense, or with experts of the width ``inner``, two of them chosen."""
-    heads = hidden // _HEAD
-    ones = np.ones(hidden, dtype=np.float32)
-
-    def layer() -> Layer:
-        square = [_matrix(layout, hidden, hidden) for _ in range(4)]
-        attention = Attention(*square, scale=_HEAD**-0.5)  # type: ignore[call-arg]
-        if not experts:
-            shared = Ffn(_matrix(layout, inner, hidden), _matrix(layout, hidden, inner), _matrix(layout, inner, hidden))
-            return Layer(ones, ones, attention, shared=shared)
-        size = matrix_bytes(layout, inner, hidden)
-        expert = Ffn(
-            Matrix(layout, inner, hidden, None, 0),
-            Matrix(layout, hidden, inner, None, size),
-            Matrix(layout, inner, hidden, None, 2 * size),
-        )
-        router = Router("softmax_topk", 2, _matrix("f32", experts, hidden))
-        return Layer(ones, ones, attention, router=router, experts=experts, expert=expert)
-
-    embedding = _matrix(layout, 64, hidden)
-    frequencies = [np.ones(_HEAD // 2, dtype=np.float32)]
-    parts = [layer() for _ in range(layers)]
-    return Description(hidden, heads, heads, _HEAD, 64, embedding, embedding, ones, parts, frequencies)
-
-
-def _step_seconds(description: Description, rows: int, threads: int, *, apart: bool = False) -> float:
-    """Seconds of a step without its head: the best of those that fit into the time. apart: layer by layer, as with a
-    store of experts."""
-    from moestro.engine.native_forward import NativeForward
-    from moestro.engine.sequences import Batch
-
-    experts = max(layer.experts for layer in description.layers)
-    slabs, kept = None, []
-    if experts:
-        first = description.layers[0].expert
-        assert first is not None
-        size = 3 * matrix_bytes(first.up.layout, first.up.n, first.up.k)
-        kept = [aligned(experts * size) for _ in description.layers]
-        for one in kept:
-            one[:] = 0x11
-        slabs = {i: one.ctypes.data + size * np.arange(experts, dtype=np.int64) for i, one in enumerate(kept)}
-    forward = NativeForward(description, pages=-(-rows // LANES), slabs=slabs, threads=threads)
-    forward.overrides.append(lambda layer, scores, ids, weights: (ids, weights))
-    count = np.arange(rows, dtype=np.int32)
-    batch = Batch(
-        tokens=count % 64,
-        positions=count,
-        rows_of=np.zeros(rows, np.int32),
-        sequences=[0],
-        tables=np.arange(forward.pages, dtype=np.int32)[None],
-        want=np.zeros(0, np.int32),
-        routes=np.ones(rows, np.int32) if apart else None,
-    )
-    forward.step(batch)
-    best, end = math.inf, time.perf_counter() + _BUDGET_S
-    while time.perf_counter() < end or best == math.inf:
-        started = time.perf_counter()
-        forward.step(batch)
-        best = min(best, time.perf_counter() - started)
-    del kept
-    return best
-
-
-def _layers(threads: int) -> tuple[float, float]:
-    """Seconds of a layer of almost no weights, and what one with experts of almost none adds when run apart."""
-    layout, many, few = "q8", 10, 2
-    dense = [_step_seconds(_model(layout, _HEAD, _HEAD, count), 1, threads) for count in (few, many)]
-    mixed = [_step_seconds(_model(layout, _HEAD, _HEAD, n, 4), 1, threads, apart=True) for n in (few, many)]
-    layer = max(dense[1] - dense[0], 0.0) / (many - few)
-    return layer, max((mixed[1] - mixed[0]) / (many - few) - layer, 0.0)
-
-
-def _rates(layout: str, threads: int) -> dict[int, float]:
-    """Weights a second by rows."""
-    hidden, inner = 1024, 4096
-    each = 4 * hidden * hidden + 3 * hidden * inner
-    layers = max(2, round(_BYTES * hidden * hidden / matrix_bytes(layout, hidden, hidden) / each))
-    description, weights = _model(layout, hidden, inner, layers), layers * each
-    return {rows: weights / _step_seconds(description, rows, threads) for rows in ROWS}
-
-
-def facts(profile: Profile, disk: float) -> dict[str, Any]:
+def facts(profile: Profile, disk: Disk | None) -> dict[str, Any]:
     """For a report."""
-    return {**profile.model_dump(mode="json"), "disk_bytes_per_s": disk}
+    reading = None if disk is None else disk.model_dump(mode="json")
+    return {**profile.model_dump(mode="json"), "file": str(profile_file()), "disk": reading}

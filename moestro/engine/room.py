@@ -1,11 +1,10 @@
 """Where the bytes of a packed model go under a limit of memory; nothing is read."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from moestro.core.errors import ConfigError
+from moestro.core.memory import resident_bytes
 from moestro.engine.dialect import ModelSpec
 from moestro.engine.kernels.interface import LANES
 from moestro.engine.packed import EXPERTS, Packed
@@ -65,11 +64,7 @@ class Room:
 
 def resident_set() -> int:
     """Bytes of this process that are in memory now; where the system does not say, what an interpreter takes."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 64 << 20
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return resident_bytes(64 << 20)
 
 
 def working_bytes(model: ModelSpec) -> int:

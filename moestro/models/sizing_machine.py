@@ -21,6 +21,7 @@ from pydantic import Field
 
 from moestro.core.config import Config, read_kept
 from moestro.core.files import cache_root, write_text
+from moestro.core.memory import peak_bytes, resident_bytes
 
 
 BITS = (4, 8, 16, 32)
@@ -125,7 +126,7 @@ def measure(progress: Progress | None = None) -> Machine:
     busy = os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
     tell("decoding steps")
     steps = _steps()
-    process = _resident_bytes()
+    process = resident_bytes(peak_bytes())
     tell("memory and matrix products")
     rates = _rates()
     tell("disk")
@@ -257,14 +258,3 @@ def _uncached(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _resident_bytes() -> int:
-    """Memory this process holds now."""
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024

@@ -7,10 +7,10 @@ import pytest
 
 from moestro.cli import main
 from moestro.core.plan import ServingPlan
-from moestro.engine import profile
+from moestro.engine import measure, profile
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
-from moestro.engine.profile import ROWS
+from moestro.engine.profile import ROWS, Attend, Cost
 from moestro.testing.tiny import tiny_folder
 
 
@@ -18,8 +18,12 @@ from moestro.testing.tiny import tiny_folder
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny model, and a machine that takes no time to measure."""
     monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(profile, "_rates", lambda layout, threads: dict.fromkeys(ROWS, 1e9))
-    monkeypatch.setattr(profile, "_layers", lambda threads: (1e-5, 1e-5))
+    monkeypatch.setattr(measure, "rates", lambda *given: dict.fromkeys(ROWS, 1e9))
+    looks = dict.fromkeys(("one", "many"), Attend(look_s=1e-9, product_s=1e-10))
+    monkeypatch.setattr(measure, "attention", lambda threads: looks)
+    costs = dict.fromkeys(("step", "layer", "resident", "stored"), Cost(once=1e-5, row=1e-7, expert=2e-6))
+    monkeypatch.setattr(measure, "costs", lambda *given: costs)
+    monkeypatch.setattr(profile, "busy", lambda: 0.1)
     tiny_folder("qwen3_moe", tmp_path / "model", head_dim=16, max_position_embeddings=128)
     pack_model(tmp_path / "model", tmp_path / "packed", bits=8)
     return tmp_path / "packed"
@@ -52,6 +56,22 @@ def test_verify_prints_the_error(packed: Path, capsys: pytest.CaptureFixture[str
     assert "experts, 10 of 10" in shown
     assert "measured" in shown
     assert "memory at most" in shown
+    assert "measured speeds may be too low" not in shown
+
+
+def test_a_busy_machine_is_named(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "busy", lambda: 3.5)
+    assert main(["plan", str(packed), "--memory", "8GiB", "--verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "the machine was busy (3.5 processes a core): measured speeds may be too low" in shown
+    assert "while the machine was busy (3.5 processes a core; --measure does it again)" in shown
+    assert str(packed.parent / "cache" / "engine.json") in shown
+    assert "matrices, one row: f32 1 G weights/s, q8 1 G weights/s" in shown
+    assert (
+        "microseconds beside weights: a step 10, a layer 10, a mixture in memory 10, one in the store 10 and 2" in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moestro.core.forecast import Forecast, Peek, Wish
+from moestro.core.memory import peak_bytes
 
 
 Ints = npt.NDArray[np.int32]
@@ -114,15 +115,6 @@ class Told(Forecast):
         return self.other.routed(layer, ids, recorded)
 
 
-def peak() -> int:
-    """Highest resident memory of this process, bytes; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def run(arm: Arm, tokens: Ints, order: dict[str, Any]) -> dict[str, Any]:
     """Feed ``count`` tokens of the stream from ``at``, to positions from ``start``; one by one or all at once."""
     at, count, start = order["at"], order["count"], order["start"]
@@ -139,7 +131,7 @@ def run(arm: Arm, tokens: Ints, order: dict[str, Any]) -> dict[str, Any]:
     if order.get("save"):
         np.save(order["save"], found[-1])
     counted = {name: value - before.get(name, 0.0) for name, value in arm.counters().items()}
-    return {"seconds": seconds, "digest": digest.hexdigest(), "counters": counted, "peak": peak()}
+    return {"seconds": seconds, "digest": digest.hexdigest(), "counters": counted, "peak": peak_bytes()}
 
 
 def main(arguments: list[str]) -> None:

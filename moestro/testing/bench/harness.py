@@ -99,18 +99,6 @@ def paired_ratio(numerators: list[float], denominators: list[float]) -> tuple[fl
     return middle, (high - low) / middle
 
 
-def reset_peak() -> int:
-    """Restart the high-water mark of resident memory from the present size, which is returned. Linux."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak()
-
-
-def peak() -> int:
-    """Highest resident memory of this process since it began, or since ``reset_peak``, in bytes. Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def names() -> list[str]:
     """Every benchmark there is."""
     from moestro.testing import bench

@@ -32,6 +32,7 @@ from moestro.core.cost import RowCounter, Work, cost
 from moestro.core.errors import ConfigError, MoestroError
 from moestro.core.layer import MoELayer
 from moestro.core.losses import RoutingLoss
+from moestro.core.memory import peak_bytes, restart_peak
 from moestro.core.registry import infos, method
 from moestro.core.router import Router
 from moestro.core.routing import Routing
@@ -41,7 +42,7 @@ from moestro.models.load import adopt
 from moestro.models.sites import sites
 from moestro.models.swap import swap
 from moestro.testing.bench._feed_forwards import DENSE, Layers, cases, spread
-from moestro.testing.bench.harness import Row, interleave, peak, reset_peak, time_rows
+from moestro.testing.bench.harness import Row, interleave, time_rows
 from moestro.testing.contracts import example_values
 from moestro.training.size import size_of
 
@@ -370,11 +371,10 @@ def _rise(part: Part, shape: Shape, threads: int) -> int:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back: the peak is that of what lives
     small = Shape(layers=1, hidden=16, experts=2, inner=8, top_k=2, heads=2, rows=1, length=8)
     Step(Peer(small.mixture).model(small), small)()
-    before = reset_peak()
-    step = part.step(shape)
+    before, step = restart_peak(), part.step(shape)
     for _ in range(2):
         step()
-    return peak() - before
+    return peak_bytes() - before
 
 
 def run(rounds: int) -> list[Row]:

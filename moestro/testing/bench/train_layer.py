@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from moestro import ops
-from moestro.testing.bench.harness import Arm, Row, interleave, peak, reset_peak, time_rows
+from moestro.core.memory import peak_bytes, restart_peak
+from moestro.testing.bench.harness import Arm, Row, interleave, time_rows
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,10 @@ def print_peak(shape: str, tokens: str, arm: str) -> None:
     other.to_empty(device="meta")
     arms.block.to_empty(device="meta")
     ctypes.CDLL(None).malloc_trim(0)  # what building the arms left behind must not serve the step unseen
-    before = reset_peak()
+    before = restart_peak()
     for _ in range(3):
         step()
-    print(peak() - before + weights)
+    print(peak_bytes() - before + weights)
 
 
 def run(rounds: int) -> list[Row]:
