@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single_autograd
 
 from moestro.core.bank import StackedFFN
 from moestro.core.dispatch import Dispatcher
@@ -64,6 +64,18 @@ class _Journey:
     sent_W: list[int]
     received_W: list[int]
     num_tokens: int
+
+
+class _Waited(torch.autograd.Function):
+    """What a collective gives, once it is there, as a plain tensor: others would take slower ways."""
+
+    @staticmethod
+    def forward(ctx: Any, pending: Tensor) -> Tensor:
+        return pending.trigger_wait() if isinstance(pending, AsyncCollectiveTensor) else pending.view_as(pending)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
 
 
 class _OnBackward(torch.autograd.Function):
@@ -186,8 +198,7 @@ class AllToAll(Dispatcher):
             return all_to_all(data, sent_W, self.links, back=back, tell=partial(self._told, kind))[0]
         splits = list(received_W), list(sent_W)
         if data.is_floating_point():
-            got: Tensor = all_to_all_single_autograd(data, *splits, self.group or dist.group.WORLD)
-            got = got.view_as(got)  # waits for the collective
+            got: Tensor = _Waited.apply(all_to_all_single_autograd(data, *splits, self.group or dist.group.WORLD))
         else:
             got = data.new_empty(sum(received_W), *data.shape[1:])
             dist.all_to_all_single(got, data, *splits, group=self.group)

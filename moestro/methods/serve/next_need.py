@@ -65,6 +65,7 @@ class Runs:
         self.decay, self.pair_decay = 0.5 ** (1 / config.half_life), 0.5 ** (1 / config.pair_half_life)
         self.count = self.last = self.period = 0
         self._weight = 0.0  # of all runs
+        self._places: dict[int, int] = {}  # expert -> its place in what follows
         self._needs: npt.NDArray[np.float64] = np.zeros(0)  # weight of the runs that needed each
         self._pairs: npt.NDArray[np.float32] = np.zeros((0, 0), np.float32)
         self._followed: npt.NDArray[np.float64] = np.zeros(0)
@@ -83,15 +84,16 @@ class Runs:
 
     def need(self, expert: int) -> None:
         """The run needs it."""
-        self.make_room(expert)
-        self._needs[expert] += 1
-        self._now.append(expert)
+        self.meet(expert)
+        self._needs[self._places[expert]] += 1
+        self._now.append(self._places[expert])
         self._shares = None
 
-    def make_room(self, expert: int) -> None:
-        """There is an expert of this number."""
-        if (short := expert + 1 - len(self._needs)) > 0:
-            self._needs = np.pad(self._needs, (0, short))
+    def meet(self, expert: int) -> None:
+        """There is such an expert."""
+        if expert not in self._places:
+            self._places[expert] = len(self._places)
+            self._needs = np.append(self._needs, 0.0)
             self._shares = None
 
     def share(self, expert: int) -> float:
@@ -105,7 +107,7 @@ class Runs:
                 seen = (self._followed[now] + PRIOR)[:, None]
                 found = (1 - company) * found + company * ((self._pairs[now] + PRIOR * found) / seen).mean(axis=0)
             self._shares = found.tolist()
-        return self._shares[expert]
+        return self._shares[self._places[expert]]
 
     def _widen(self) -> None:
         if (short := len(self._needs) - len(self._followed)) > 0:
@@ -145,7 +147,7 @@ class NextNeed(CachePolicy):
 
     def on_insert(self, key: Key, time: int) -> None:
         """See CachePolicy."""
-        self._of(key[0]).make_room(key[1])
+        self._of(key[0]).meet(key[1])
 
     def _of(self, layer: int) -> Runs:
         found = self.runs.get(layer)

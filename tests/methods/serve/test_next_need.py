@@ -128,11 +128,12 @@ def test_company_is_the_mean_over_what_the_last_run_needed_and_ages() -> None:
     assert policy.wait((0, 4)) == pytest.approx(2 / (after_1 + after_2))  # type: ignore[attr-defined]
 
 
-def test_layers_of_many_experts_go_by_frequency() -> None:
+def test_layers_of_many_experts_go_by_frequency(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHOD.module, "MOST", 2)
     waits = []
     for company in (0.0, 0.7):
         policy = made(company=company)
-        for time, expert in enumerate([1, 600, 2, 600, 1], start=1):
+        for time, expert in enumerate([1, 600, 2, 600, 1, 2, 600, 1], start=1):
             policy.on_access((0, expert), time)  # type: ignore[attr-defined]
         waits.append([policy.wait((0, expert)) for expert in (1, 2, 600)])  # type: ignore[attr-defined]
     assert waits[0] == waits[1]
