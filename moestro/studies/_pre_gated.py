@@ -25,24 +25,35 @@ TUNED: Mapping[str, Mapping[str, Any] | None] = {
     "ahead_1_random": {"distance": 1, "init": "random"},
     "ahead_1_unfolded": {"distance": 1, "fold": False},
     "blind": {"distance": 1, "init": "random"},
+    "conventional_top2": None,
+    "ahead_1_top2": {"distance": 1},
 }
 """Quality arms that are tuned: settings of the conversion."""
 
 
-def shape_of(budget: Budget) -> Mixture:
-    """The mixture of a budget: top-1 as in Switch."""
+def choices_of(arm: str) -> int:
+    """Experts a token of an arm's mixture chooses."""
+    return 2 if arm.endswith("_top2") else 1
+
+
+def shape_of(budget: Budget, top_k: int = 1) -> Mixture:
+    """The mixture of a budget, weighed by probabilities that are not renormalised: top-1 as in Switch."""
     few = {"layers": 4, "dim": 32, "heads": 2, "inner": 16}
     return budget.pick(
-        ci=size_of(budget, **few, top_k=1, experts=4),
-        micro=size_of(budget, layers=5, dim=48, heads=3, inner=48, top_k=1, steps=40, heldout=16),
-        full=size_of(budget, layers=6, dim=64, heads=4, inner=64, top_k=1, steps=300, aux=1e-2),
+        ci=size_of(budget, **few, top_k=top_k, experts=4),
+        micro=size_of(budget, layers=5, dim=48, heads=3, inner=48, top_k=top_k, steps=40, heldout=16),
+        full=size_of(budget, layers=6, dim=64, heads=4, inner=64, top_k=top_k, steps=300, aux=1e-2),
     )
 
 
+def parent(seed: int, name: str, top_k: int = 1) -> nn.Module:
+    """The pretrained mixture, the same object at every call."""
+    return _pretrained(seed, name, top_k)
+
+
 @functools.lru_cache(maxsize=2)
-def parent(seed: int, name: str) -> nn.Module:
-    """The pretrained mixture."""
-    size = shape_of(BUDGETS[name])
+def _pretrained(seed: int, name: str, top_k: int) -> nn.Module:
+    size = shape_of(BUDGETS[name], top_k)
     model = fresh(size, seed, renormalise=False)
     tune(model, corpus_of(size).train, size, seed, size.steps)
     return model.eval()
@@ -50,7 +61,7 @@ def parent(seed: int, name: str) -> nn.Module:
 
 def converted(arm: str, seed: int, name: str) -> nn.Module:
     """The arm's model before it is tuned."""
-    model = copy.deepcopy(parent(seed, name))
+    model = copy.deepcopy(parent(seed, name, choices_of(arm)))
     settings = TUNED[arm]
     if settings is not None:
         surgery.apply(model, make_plan("convert.pre_gated", model, settings, seed=seed))
@@ -60,10 +71,10 @@ def converted(arm: str, seed: int, name: str) -> nn.Module:
     return model
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=len(TUNED))
 def tuned(arm: str, seed: int, name: str) -> nn.Module:
     """The arm's model after it was tuned."""
-    size = shape_of(BUDGETS[name])
+    size = shape_of(BUDGETS[name], choices_of(arm))
     model = converted(arm, seed, name)
     steps = BUDGETS[name].pick(ci=2, micro=20, full=100)
     tune(model, task_of(size).train, size, seed, steps, lr=0.5)

@@ -10,7 +10,7 @@ import torch
 from moestro.core.layer import mixture_layers
 from moestro.studies._framework import BUDGETS
 from moestro.studies._paced import Pace, Tier, experts_of, reads_ahead, token_seconds, work
-from moestro.studies._pre_gated import TUNED, agreement, converted, parent, shape_of
+from moestro.studies._pre_gated import TUNED, _pretrained, agreement, choices_of, converted, parent, shape_of
 from moestro.studies.pre_gated_moe import RATES, STUDY, SYSTEM, pace_of, packed, ran, resident
 
 
@@ -50,9 +50,10 @@ def test_paces_are_those_of_the_setting() -> None:
 
 def test_arms_differ_in_what_they_say_only() -> None:
     """Equal parameters, the same experts, the same first values; a blind gate alone does not learn."""
-    start = {name: p.clone() for name, p in parent(0, "ci").named_parameters()}
+    starts = {top_k: {name: p.clone() for name, p in parent(0, "ci", top_k).named_parameters()} for top_k in (1, 2)}
     for arm in TUNED:
-        model = converted(arm, 0, "ci")
+        model, start = converted(arm, 0, "ci"), starts[choices_of(arm)]
+        assert {layer.router.top_k for layer in mixture_layers(model).values()} == {choices_of(arm)}
         found = dict(model.named_parameters())
         assert sum(p.numel() for p in found.values()) == sum(p.numel() for p in start.values())
         assert all(torch.equal(p, start[name]) for name, p in found.items() if "router" not in name)
@@ -65,7 +66,7 @@ def test_arms_differ_in_what_they_say_only() -> None:
 
 
 def test_an_early_gate_agrees_where_the_stream_stands_still() -> None:
-    parent.cache_clear()
+    _pretrained.cache_clear()
     found = agreement(0, "ci")  # which trains the model it needs, where no other arm has
     model = parent(0, "ci")
     assert len(found) == shape_of(BUDGETS["ci"]).layers - 1
