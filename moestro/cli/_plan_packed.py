@@ -132,6 +132,8 @@ def _show(told: dict[str, Any], positions: int) -> None:
                 f"({found['hits']:.0%}) the formula says {found['estimate_at_hits']:.3g}, error "
                 f"{found['error_at_hits']:+.0%}"
             )
+    if room["disk"]:
+        print("both without reading ahead, which `moestro serve` does where the routers allow it")
     if "verified" in told:
         memory = told["verified"]["memory"]
         print(f"memory at most {show_size(memory['measured'])} of {show_size(memory['limit'])}")

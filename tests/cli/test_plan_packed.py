@@ -7,7 +7,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.core.plan import ServingPlan
-from moestro.engine import measure, profile
+from moestro.engine import measure, profile, room
 from moestro.engine.pack import pack_model
 from moestro.engine.packed import Packed
 from moestro.engine.profile import ROWS, Attend, Cost
@@ -57,6 +57,21 @@ def test_verify_prints_the_error(packed: Path, capsys: pytest.CaptureFixture[str
     assert "measured" in shown
     assert "memory at most" in shown
     assert "measured speeds may be too low" not in shown
+    assert "reading ahead" not in shown, "nothing is read"
+
+
+def test_speeds_of_experts_on_disk_say_what_they_leave_out(
+    packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "working_bytes", lambda model: 0)
+    opened = Packed.open(packed)
+    largest = max(there.stride for there in opened.experts.values())
+    rest = sum(piece.nbytes for piece in opened.tensors.values()) + 8 * room.page_bytes(opened.model)
+    assert main(["plan", str(packed), "--memory", f"{rest + 4 * largest}", "--context", "128"]) == 0
+    shown = capsys.readouterr().out
+    assert "experts, 4 of 10" in shown
+    assert "both without reading ahead, which `moestro serve` does where the routers allow it" in shown
 
 
 def test_a_busy_machine_is_named(
