@@ -23,7 +23,7 @@ def plan_packed(
     from moestro.engine.predict import DECODED, PROMPT, Predictor, layouts
     from moestro.engine.predict import verify as run
     from moestro.engine.profile import busy, facts, this_profile
-    from moestro.engine.room import POSITIONS, room
+    from moestro.engine.room import POSITIONS, room, server_bytes
 
     packed = Packed.open(path)
     if packed.model.dialect != "native":
@@ -31,7 +31,8 @@ def plan_packed(
     limit = packed.model.positions
     if context and limit and context > limit:
         raise ConfigError(f"{path}: --context {context} is more than the {limit} positions the model was made for")
-    first = room(packed, memory, context)  # refuses before anything is measured
+    # Refuses before anything is measured. With --verify this process runs the model, else a server will.
+    first = room(packed, memory, context, None if verify else server_bytes(path))
     positions = context or min(POSITIONS, limit or POSITIONS)
     prompt = min(PROMPT, positions - 2 * DECODED)
     if prompt < 1:

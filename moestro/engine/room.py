@@ -1,6 +1,9 @@
 """Where the bytes of a packed model go under a limit of memory; nothing is read."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from moestro.core.errors import ConfigError
@@ -65,6 +68,35 @@ class Room:
 def resident_set() -> int:
     """Bytes of this process that are in memory now; where the system does not say, what an interpreter takes."""
     return resident_bytes(64 << 20)
+
+
+_SERVER: Final = """
+import sys
+from pathlib import Path
+import moestro.cli
+from moestro.core.errors import MoestroError
+from moestro.engine import api, http, open_native, room, service, vocabulary
+try:
+    kept = vocabulary.open_vocabulary(Path(sys.argv[1]))
+except MoestroError:
+    pass  # none: the server will say so
+print(room.resident_set())
+"""
+
+
+def server_bytes(path: Path) -> int:
+    """Bytes of a process that is about to open this model to serve it: interpreter, server, vocabulary. It is asked.
+
+    Raises:
+        ConfigError: no such process can be started; its last words.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _SERVER, str(path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    if run.returncode:
+        said = run.stderr.strip().splitlines()
+        raise ConfigError(f"{path}: a serving process cannot be started here: {said[-1] if said else run.returncode}")
+    return int(run.stdout)
 
 
 def working_bytes(model: ModelSpec) -> int:

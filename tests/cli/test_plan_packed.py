@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from moestro.cli import main
+from moestro.core.errors import ConfigError
 from moestro.core.plan import ServingPlan
 from moestro.engine import measure, profile, room
 from moestro.engine.pack import pack_model
@@ -63,7 +64,7 @@ def test_verify_prints_the_error(packed: Path, capsys: pytest.CaptureFixture[str
 def test_speeds_of_experts_on_disk_say_what_they_leave_out(
     packed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "resident_set", lambda: 0)
+    monkeypatch.setattr(room, "server_bytes", lambda path: 0)
     monkeypatch.setattr(room, "working_bytes", lambda model: 0)
     opened = Packed.open(packed)
     largest = max(there.stride for there in opened.experts.values())
@@ -109,3 +110,12 @@ def test_refusals(
 def test_only_packed_models_are_verified(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(packed.parent / "model"), "--memory", "8GiB", "--verify"]) == 2
     assert "moestro pack" in capsys.readouterr().err
+
+
+def test_a_server_s_own_bytes_count(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing what serves and reading the vocabulary take tens of megabytes, before the model takes any."""
+    alone = room.server_bytes(packed)
+    assert 40 << 20 < alone < 200 << 20
+    monkeypatch.setattr(room, "_SERVER", "raise SystemExit('no module named uvicorn')")
+    with pytest.raises(ConfigError, match=r"a serving process cannot be started here: no module named uvicorn"):
+        room.server_bytes(packed)
