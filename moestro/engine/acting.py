@@ -27,7 +27,6 @@ def check_use(role: str, use: MethodUse) -> None:
     Raises:
         ConfigError: it cannot; says which can.
     """
-
     if role == "forecast" and use == MethodUse(method=NOTHING):
         return
 
@@ -127,14 +126,14 @@ def decoder_of(plan: ServingPlan) -> Decoder:
     return found
 
 
-def check_ready(forecast: MethodUse, model: ModelSpec) -> None:
+def check_ready(forecast: Forecast, model: ModelSpec) -> None:
     """Check that a forecast could serve a model, as it is now.
 
     Raises:
         ConfigError: nobody has taught it, or on another model.
     """
     choices = [0 if layer.router is None else layer.router.top_k for layer in model.layers]
-    made("forecast", forecast).ready([layer.experts for layer in model.layers], choices)
+    forecast.ready([layer.experts for layer in model.layers], choices)
 
 
 def as_use(value: str | MethodUse) -> MethodUse:

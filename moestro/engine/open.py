@@ -7,7 +7,7 @@ from typing import Any
 
 from moestro.core.errors import ConfigError, LoadError
 from moestro.core.plan import MethodUse
-from moestro.engine.acting import POLICY, as_use, forecast_for
+from moestro.engine.acting import NOTHING, POLICY, as_use, forecast_for
 from moestro.engine.sequences import Forward
 from moestro.engine.vocabulary import Vocabulary, open_vocabulary
 
@@ -55,10 +55,10 @@ def open_forward(
     """
     if (Path(path).expanduser() / "pack.json").is_file():
         return _native(Path(path).expanduser(), memory, context, policy, forecast, model_hash)
-    ahead = getattr(forecast, "method", forecast)
-    if ahead not in (None, "none"):
+    if forecast is not None and as_use(forecast).method != NOTHING:
         raise ConfigError(
-            f"{path} is no packed model, and forecast {ahead} reads experts of those only; `moestro pack` makes one"
+            f"{path} is no packed model, and forecast {as_use(forecast).method} reads experts of those only; "
+            "`moestro pack` makes one"
         )
     return _reference(path, memory, context)
 

@@ -58,8 +58,9 @@ class Native:
         model = packed.model
         if model.dialect != "native":
             raise LoadError(f"{path}: no native forward for this model: {model.why}")
-        if forecast is not None:  # used or not: its name in a plan shall not be wrong by luck
-            check_ready(as_use(forecast), model)
+        leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
+        if foresees is not None:  # used or not: its name in a plan shall not be wrong by luck
+            check_ready(foresees, model)
         self.context = model.positions or POSITIONS
         self.room = room(packed, memory, context)
         self.budget, pages = self.room.budget, self.room.pages
@@ -67,12 +68,10 @@ class Native:
         self.store: ExpertStore | None = None
         self._kept: list[Any] = []
         slabs: dict[int, Addresses] | None = None
-        foresees: Forecast | None = None
         passes = PASSES
         if self.room.experts <= self.budget:
             self._kept, slabs = load_all(packed)
         else:
-            leaves, foresees = cache_and_forecast(as_use(policy), None if forecast is None else as_use(forecast))
             passes = getattr(leaves, "lookahead", PASSES)
             if model.token_router is None:
                 _check_told(path, policy, leaves, forecast, foresees)

@@ -1,4 +1,4 @@
-"""Where the bytes of a packed model go under a limit of memory; nothing is read."""
+"""Where the bytes of a packed model go under a limit of memory; none of its weights is read."""
 
 import subprocess
 import sys

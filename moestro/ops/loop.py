@@ -11,6 +11,10 @@ from moestro.ops.rows import scatter_rows, sort_rows
 from moestro.ops.weights import FFNWeights
 
 
+NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
+"""The inputs of a layer's experts that may need gradients, in this order everywhere."""
+
+
 def loop_ffn(
     x_TD: Tensor,
     token_N: Tensor,
@@ -49,17 +53,11 @@ def loop_gradients(
 ) -> dict[str, Tensor]:
     """Gradients of `loop_ffn` that can be differentiated again.
 
-    `needs`: those wanted of x, weight, up, down, up_bias, down_bias.
+    `needs`: those wanted of `NAMES`.
     """
     y_TO = loop_ffn(x_TD, token_N, expert_N, weight_N, weights, activation)
-    inputs = {
-        "x": x_TD,
-        "weight": weight_N,
-        "up": weights.up_EJD,
-        "down": weights.down_EOI,
-        "up_bias": weights.up_bias_EJ,
-        "down_bias": weights.down_bias_EO,
-    }
-    wanted = {name: tensor for name, tensor in inputs.items() if name in needs and tensor is not None}
+    inputs = (x_TD, weight_N, weights.up_EJD, weights.down_EOI, weights.up_bias_EJ, weights.down_bias_EO)
+    named = zip(NAMES, inputs, strict=True)
+    wanted = {name: tensor for name, tensor in named if name in needs and tensor is not None}
     found = torch.autograd.grad(y_TO, list(wanted.values()), grad_TO, create_graph=True, materialize_grads=True)
     return dict(zip(wanted, found, strict=True))

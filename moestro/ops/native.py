@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 
 from moestro.core.errors import ConfigError
 from moestro.ops.activation import Activation
-from moestro.ops.loop import loop_gradients
-from moestro.ops.operators import NAMES, experts_backward, experts_forward, wheel
+from moestro.ops.loop import NAMES, loop_gradients
+from moestro.ops.operators import experts_backward, experts_forward, wheel
 from moestro.ops.weights import FFNWeights
 
 

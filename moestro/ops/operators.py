@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moestro.ops.loop import NAMES
 from moestro.ops.pool import POOL, gradient_for
 from moestro.ops.weights import FFNWeights
 
-
-NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
-"""The inputs that may need gradients, in the order of the operators."""
 
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "swiglu_oss")  # in the order of the wheel
 _INPUTS = (

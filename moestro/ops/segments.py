@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from moestro.core.errors import ConfigError
 from moestro.ops import workers
 from moestro.ops.activation import Activation, gate_and_up, gate_derivative, gate_value, multiply_up, up_derivative
-from moestro.ops.loop import loop_gradients
+from moestro.ops.loop import NAMES, loop_gradients
 from moestro.ops.pool import POOL, gradient_for
 from moestro.ops.route import Route, compute_dtype
 from moestro.ops.rows import sort_rows
@@ -314,9 +314,6 @@ def _products(group: Group, rows_NO: Tensor, weights_OI: Sequence[Tensor], out_N
         torch.mm(rows, weights_OI[expert], out=target)
 
 
-_NAMES = ("x", "weight", "up", "down", "up_bias", "down_bias")
-
-
 def _weights(up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, layout: Any) -> FFNWeights:
     gated, interleaved = layout
     return FFNWeights(up, down, gated, up_bias, down_bias, interleaved)
@@ -338,7 +335,7 @@ class _SegmentFFN(torch.autograd.Function):
         *inputs, pre_NJ, token_N, expert_N = ctx.saved_tensors
         x_TD, weight_N, up, down, up_bias, down_bias = inputs
         weights = _weights(up, down, up_bias, down_bias, ctx.layout)
-        needs = frozenset(name for name, needed in zip(_NAMES, ctx.needs_input_grad, strict=False) if needed)
+        needs = frozenset(name for name, needed in zip(NAMES, ctx.needs_input_grad, strict=False) if needed)
         if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the reference
             grads = loop_gradients(x_TD, token_N, expert_N, weight_N, weights, ctx.activation, grad_TO, needs)
         else:
@@ -353,4 +350,4 @@ class _SegmentFFN(torch.autograd.Function):
                 needs=needs,
             )
             grads = work.run(x_TD, weight_N)
-        return (*(grads.get(name) for name in _NAMES), *[None] * 6)
+        return (*(grads.get(name) for name in NAMES), *[None] * 6)

@@ -74,8 +74,8 @@ class _Waited(torch.autograd.Function):
         return pending.trigger_wait() if isinstance(pending, AsyncCollectiveTensor) else pending.view_as(pending)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _OnBackward(torch.autograd.Function):

@@ -271,7 +271,7 @@ def test_pruned_routing_keeps_what_weighs_much_and_half_of_the_rest() -> None:
     weights /= weights.sum(-1, keepdims=True)
     ids = np.argsort(draw.random((400, 2, 16)), axis=-1)[..., :4].astype(np.int32)
     weights = -np.sort(-weights, axis=-1)
-    found = offload_bits.pruned({"ids": ids, "weights": weights, "tokens": np.arange(400)})
+    found = offload_bits.pruned({"ids": ids, "weights": weights, "tokens": np.arange(400)}, weights)
     kept = found["ids"] >= 0
     assert kept[..., 0].all()
     assert np.allclose(kept[..., 1:].mean((0, 1)), 0.5, atol=0.01)

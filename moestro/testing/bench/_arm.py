@@ -50,19 +50,18 @@ class Engine:
 
         self.batch, self.at = Batch, 0
         memory = options["memory"] or 1 << 50
+        with np.load(options["stream"], allow_pickle=False) as stream:  # before the model, which gets what is left
+            arrays = dict(stream)
+        self.ids, self.weights = arrays.get("ids"), arrays.get("weights")
+        self.replayed = self.ids is not None
+        peeks = {name: scores for name, scores in arrays.items() if name.startswith("peek.")}
         acting = {role: options[role] for role in ("policy", "forecast") if options.get(role)}
         self.native = Native(
             Path(options["folder"]), memory, context=options["context"], threads=options["threads"], **acting
         )
         self.forward = self.native.forward
-        with np.load(options["stream"], allow_pickle=False) as stream:
-            self.replayed = "ids" in stream
-            self.ids, self.weights = (stream["ids"], stream["weights"]) if self.replayed else (None, None)
-            told = self.forward.forecast
-            if told is not None and self.replayed:
-                self.forward.forecast = Told(
-                    told, {name: stream[name] for name in stream if name.startswith("peek.")}, self
-                )
+        if self.forward.forecast is not None and self.replayed:
+            self.forward.forecast = Told(self.forward.forecast, peeks, self)
         self.forward.overrides.append(self.recorded)
         self.table = np.arange(self.forward.pages, dtype=np.int32)[None]
         self.about = {"isa": self.forward.kernels.features()["isa"], "budget": self.native.budget}

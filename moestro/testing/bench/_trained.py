@@ -21,6 +21,7 @@ from moestro.core.errors import ConfigError
 from moestro.core.forecast import Recorded
 from moestro.core.trace import RoutingTrace
 from moestro.testing.bench._reference import EXPERTS, LAYERS, TOP_K, tell
+from moestro.testing.bench._streams import recorded
 
 
 STEPS: Final = 300
@@ -146,3 +147,17 @@ def trained_gates(folder: Path, stream: Mapping[str, npt.NDArray[Any]]) -> Recor
             "trained.trace, they will be made anew"
         )
     return found
+
+
+def trained_stream(folder: Path, length: int) -> dict[str, npt.NDArray[Any]]:
+    """The first tokens of the trace for an arm, with what the gates said: see ``_streams.recorded`` and ``_arm``.
+
+    Raises:
+        ConfigError: the trace is shorter.
+    """
+    whole = recorded(trained_trace(folder))
+    if len(whole["tokens"]) < length:
+        raise ConfigError(f"the trace has {len(whole['tokens'])} tokens, these rounds need {length}; take fewer")
+    part = {name: values[:length] for name, values in whole.items()}  # an arm pays for all it loads
+    peeks = trained_gates(folder, part).peeks
+    return {**part, **{f"peek.{layer}.{later}": scores for (layer, later), scores in peeks.items()}}

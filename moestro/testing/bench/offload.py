@@ -28,7 +28,7 @@ from moestro.testing.bench import _streams as streams
 from moestro.testing.bench._cgroup import drop, group
 from moestro.testing.bench._children import ArmError, Child
 from moestro.testing.bench._resident import BEFORE, LLAMA, missing, threads
-from moestro.testing.bench._trained import trained_gates, trained_trace
+from moestro.testing.bench._trained import trained_stream
 from moestro.testing.bench.harness import Row, paired_ratio, take_turns
 
 
@@ -60,6 +60,7 @@ class Limited:
     digests: tuple[str, ...] = ()
     hits: float = 0.0
     needs: float = 0.0
+    bytes: float = 0.0
     waited: float = 0.0
     read: float = 0.0
     taken: float = 0.0
@@ -72,14 +73,20 @@ class Limited:
         counted = found["counters"]
         self.hits += counted.get("hits", 0.0)
         self.needs += counted.get("hits", 0.0) + counted.get("misses", 0.0)
+        self.bytes += counted.get("bytes", 0.0)
         self.waited += counted.get("waited_s", 0.0)
         self.read += counted.get("reading_s", 0.0)
         self.taken += found["seconds"]
         return float(found["seconds"]) / DECODED
 
+    @property
+    def decoded(self) -> int:
+        """Tokens of all rounds, the first included."""
+        return self.at - SETTLE - BEFORE
+
     def hidden(self) -> Row:
         """Of what can be hidden, what was; over all rounds, the first included."""
-        tokens = (self.at - SETTLE - BEFORE) / 1e3  # so that seconds become milliseconds a token
+        tokens = self.decoded / 1e3  # so that seconds become milliseconds a token
         compute = self.taken - self.waited
         hidden, most = max(self.read - self.waited, 0.0) / tokens, min(self.read, compute) / tokens
         parts = {"read": self.read, "compute": compute, "waited": self.waited}
@@ -101,12 +108,7 @@ def routings(folder: Path, place: Path, rounds: int) -> dict[str, str]:
     found: dict[str, Any] = {"own": {"tokens": tokens}}
     for name, ids in (("near-uniform", streams.uniform(length)), ("Zipf", streams.zipf(length, 0.3))):
         found[name] = {"tokens": tokens[:length], "ids": ids, "weights": streams.even(ids)}
-    trained = streams.recorded(trained_trace(folder))
-    if len(trained["tokens"]) < length:
-        raise ConfigError(f"the trace has {len(trained['tokens'])} tokens, {rounds} rounds need {length}")
-    trained = {name: values[:length] for name, values in trained.items()}  # an arm pays for all it loads
-    peeks = trained_gates(folder, trained).peeks
-    found[TRAINED] = {**trained, **{f"peek.{layer}.{later}": scores for (layer, later), scores in peeks.items()}}
+    found[TRAINED] = trained_stream(folder, length)
     names = ("near-uniform", "Zipf", TRAINED, "own")
     return {name: streams.store(place / f"{name}.npz", found[name]) for name in names}
 

@@ -12,7 +12,7 @@ it. Logits must be those of a run with everything in memory.
 
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,9 +30,9 @@ from moestro.testing.bench import _streams as streams
 from moestro.testing.bench._cgroup import drop, group
 from moestro.testing.bench._children import Child
 from moestro.testing.bench._resident import BEFORE, threads
-from moestro.testing.bench._trained import trained_gates, trained_trace
+from moestro.testing.bench._trained import trained_stream, trained_trace
 from moestro.testing.bench.harness import Row, paired_ratio, take_turns
-from moestro.testing.bench.offload import CONTEXT, DECODED, GATE, NO_GROUP, SETTLE, settle
+from moestro.testing.bench.offload import CONTEXT, DECODED, GATE, NO_GROUP, SETTLE, Limited, settle
 
 
 LIMIT: Final = 288 << 20
@@ -51,14 +51,15 @@ ARMS: Final[Mapping[str, tuple[str, bool]]] = {
 Stream = Mapping[str, npt.NDArray[Any]]
 
 
-def pruned(stream: Stream) -> dict[str, npt.NDArray[Any]]:
-    """A stream without the experts that MC-MoE's rule leaves out."""
+def pruned(stream: Stream, weights_TLK: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+    """A stream without the experts that MC-MoE's rule leaves out, by thresholds over these weights [T, LAYERS, k]."""
     ids, weights = stream["ids"].copy(), stream["weights"].copy()
     router: Any = SimpleNamespace(kind="softmax_topk", renormalise=True, scale=1.0)
     for layer in range(ids.shape[1]):
-        own = weights[:, layer]
-        bars = np.quantile(own[:, 1:] / own[:, :1], Config().quantile, axis=0)
-        ids[:, layer], weights[:, layer] = thinned(np.array([0, *bars], np.float32), router, ids[:, layer], own)
+        told = weights_TLK[:, layer]
+        bars = np.quantile(told[:, 1:] / told[:, :1], Config().quantile, axis=0)
+        found = thinned(np.array([0, *bars], np.float32), router, ids[:, layer], weights[:, layer])
+        ids[:, layer], weights[:, layer] = found
     return {**stream, "ids": ids, "weights": weights}
 
 
@@ -88,72 +89,46 @@ def _packed(folder: Path, kind: str) -> Path:
 
 def _streams(folder: Path, place: Path, rounds: int) -> dict[bool, str]:
     """Whether pruned -> file of the stream."""
-    length = BEFORE + SETTLE + DECODED * (rounds + 1)
+    stream = trained_stream(folder, BEFORE + SETTLE + DECODED * (rounds + 1))
     whole = streams.recorded(trained_trace(folder))
-    if len(whole["tokens"]) < length:
-        raise ConfigError(f"the trace has {len(whole['tokens'])} tokens, {rounds} rounds need {length}")
-    thin = pruned(whole)
-    peeks = trained_gates(folder, {name: values[:length] for name, values in whole.items()}).peeks
-    told = {f"peek.{layer}.{later}": scores for (layer, later), scores in peeks.items()}
-    return {
-        prunes: streams.store(
-            place / f"{prunes}.npz", {**{name: values[:length] for name, values in stream.items()}, **told}
-        )
-        for prunes, stream in ((False, whole), (True, thin))
-    }
+    both = ((False, stream), (True, pruned(stream, whole["weights"])))
+    return {prunes: streams.store(place / f"{prunes}.npz", arrays) for prunes, arrays in both}
 
 
 def _measure(
-    where: str, options: Mapping[str, dict[str, Any]], rounds: int, limit: int | None, wanted: Mapping[str, list[str]]
-) -> tuple[list[Row], dict[str, list[str]]]:
+    where: str, options: Mapping[str, dict[str, Any]], rounds: int, limit: int | None, wanted: Mapping[str, Any]
+) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
     """Rows of decoding, and the digests of what each arm computed.
 
     Raises:
         ConfigError: they are not those of the resident run.
     """
-    digests: dict[str, list[str]] = {}
-    counted: dict[str, dict[str, float]] = {name: {} for name in options}
+    arms: dict[str, Limited] = {}
     with ExitStack() as opened:
-        children = {}
         for number, (name, given) in enumerate(options.items()):
             drop(Path(given["folder"]))
             fence = None if limit is None else group(f"moestro-bits-{number}", limit)
-            forecast = None if limit is None else GATE
-            child = opened.enter_context(Child("engine", {**given, "memory": limit, "forecast": forecast}, fence))
-            children[name], digests[name] = child, [settle(child)]
-
-        def turn(name: str) -> Callable[[], float]:
-            def decode() -> float:
-                at = SETTLE + BEFORE + DECODED * (len(digests[name]) - 1)
-                found = children[name].feed(at, DECODED, BEFORE, single=True)
-                digests[name].append(found["digest"])
-                for key, value in found["counters"].items():
-                    counted[name][key] = counted[name].get(key, 0.0) + value
-                return float(found["seconds"]) / DECODED
-
-            return decode
-
-        seconds = take_turns({name: turn(name) for name in options}, rounds)
-        abouts = {name: dict(child.about, grouped=child.group is not None) for name, child in children.items()}
+            more = {"memory": limit, "forecast": None if limit is None else GATE}
+            child = opened.enter_context(Child("engine", {**given, **more}, fence))
+            arms[name] = Limited(child, name, digests=(settle(child),))
+        seconds = take_turns({name: arm.decode for name, arm in arms.items()}, rounds)
     for name, found in wanted.items():
-        if digests[name] != found:
+        if arms[name].digests != found:
             raise ConfigError(f"{name}, {where}: logits are not those of the resident run")
     speed = {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
     rows = []
-    for name in options:
+    for name, arm in arms.items():
         ratio, spread = paired_ratio(seconds[PEER], seconds[name])
-        note = _note(abouts[name], counted[name], limit, (rounds + 1) * DECODED)
+        note = "" if limit is None else _note(arm)
         case = f"decode, {where}, {name}"
         rows.append(Row(case, "speed", "tokens/s", speed[name], PEER, speed[PEER], ratio, spread, note))
-    return rows, digests
+    return rows, {name: arm.digests for name, arm in arms.items()}
 
 
-def _note(about: Mapping[str, Any], counted: Mapping[str, float], limit: int | None, tokens: int) -> str:
-    if limit is None:
-        return ""
-    held = "all experts fit" if not counted else f"{about.get('slots', 0)} experts held"
-    needs = max(counted.get("hits", 0.0) + counted.get("misses", 0.0), 1.0)
-    rest = "" if not counted else (
-        f", hits {counted['hits'] / needs:.0%}, {counted['bytes'] / tokens / 1e6:.0f} MB read a token"
-    )  # fmt: skip
-    return held + rest + ("" if about["grouped"] else f"; {NO_GROUP}")
+def _note(arm: Limited) -> str:
+    """What a limited arm held and read."""
+    limited = "" if arm.child.group is not None else f"; {NO_GROUP}"
+    if not arm.needs:
+        return "all experts fit" + limited
+    read = f"hits {arm.hits / arm.needs:.0%}, {arm.bytes / arm.decoded / 1e6:.0f} MB read a token"
+    return f"{arm.child.about['slots']} experts held, {read}{limited}"
